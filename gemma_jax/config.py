@@ -1,0 +1,292 @@
+"""What a model is: frozen, hashable configurations, so that `jax.jit` takes them as static arguments.
+
+`GemmaConfig.from_hf` reads the `config.json` of every published text model of the families Gemma 1, 2 and 3 (old and
+new spelling, omitted fields) through the configuration classes of transformers. `PRESETS` holds the published shapes.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_jax.errors import InputError, UsageError
+
+GLOBAL, SLIDING = "global", "sliding"
+LOCAL_ATTENTION_FORMS = ("transformer_xl", "segment")
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of one kind of layer: angle = position / factor * theta^(-2i/C)."""
+
+    theta: float
+    factor: float = 1.0  # linear scaling (position interpolation); 8 in Gemma 3 from 4B up
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """What layers that are global in the original do with tokens that local attention no longer sees."""
+
+    rule: str = "off"  # a name from gemma_jax.model.memory, or "path/to/file.py:ClassName"
+    local_attention: str = "transformer_xl"  # sees the previous segment and its own; "segment": only its own
+    segment_length: int = 1024  # S, in tokens
+    sink: bool = True  # the text's first token stays visible for ever
+    write_gate: str = "hard_sigmoid"  # of rule gated_delta: "hard_sigmoid" (reaches exactly 0) or "sigmoid"
+
+    def __post_init__(self):
+        if self.local_attention not in LOCAL_ATTENTION_FORMS:
+            raise UsageError(
+                f"local_attention is {self.local_attention!r}: choose one of {', '.join(LOCAL_ATTENTION_FORMS)}."
+            )
+        if self.segment_length < 1:
+            raise UsageError(f"segment_length is {self.segment_length}: it must be at least 1.")
+        if self.write_gate not in ("hard_sigmoid", "sigmoid"):
+            raise UsageError(f"write_gate is {self.write_gate!r}: choose hard_sigmoid or sigmoid.")
+
+    @property
+    def reach(self) -> int:
+        """Length of the longest text that local attention sees exactly as full attention would, in tokens."""
+        return self.segment_length * (2 if self.local_attention == "transformer_xl" else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmaConfig:
+    """A Gemma text model. Axis letters are those of the legend in `gemma_jax`."""
+
+    family: str  # "gemma", "gemma2" or "gemma3_text", as Hugging Face names it
+    vocab_size: int  # V
+    width: int  # D
+    mlp_dim: int  # M
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # C
+    layer_types: tuple[str, ...]  # "global" or "sliding", one per layer
+    query_scale: float  # queries are multiplied by it before the dot with keys
+    global_rope: Rope
+    sliding_rope: Rope
+    sliding_window: int | None = None  # W: a token sees itself and the W - 1 before it
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    qk_norm: bool = False
+    post_norms: bool = False
+    tied_embeddings: bool = True
+    norm_eps: float = 1e-6
+    bos_id: int = 2
+    eos_ids: tuple[int, ...] = (1,)
+    dtype: str = "bfloat16"  # of activations and of the carried keys and values
+    memory: MemoryConfig = MemoryConfig()
+    name: str = "gemma"
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"num_attention_heads ({self.num_heads}) is not a multiple of num_key_value_heads"
+                f" ({self.num_kv_heads})."
+            )
+        if self.head_dim % 2:
+            raise InputError(f"head_dim is {self.head_dim}: rotary embedding needs an even number.")
+        if SLIDING in self.layer_types and not self.sliding_window:
+            raise InputError(f"sliding_window is {self.sliding_window}, but layer_types has sliding layers.")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype is {self.dtype!r}: choose one of {', '.join(DTYPES)}.")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_types)
+
+    def rope(self, layer_type: str) -> Rope:
+        return self.global_rope if layer_type == GLOBAL else self.sliding_rope
+
+    def with_memory(self, **changes: Any) -> "GemmaConfig":
+        """The same model with other memory settings, e.g. `config.with_memory(rule="linear", segment_length=512)`."""
+        return dataclasses.replace(self, memory=dataclasses.replace(self.memory, **changes))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "GemmaConfig":
+        """Inverse of `to_json`. Raises `InputError` when a field is missing, unknown or of the wrong type."""
+        try:
+            fields = json.loads(text)
+            for key, kind in (("global_rope", Rope), ("sliding_rope", Rope), ("memory", MemoryConfig)):
+                fields[key] = kind(**fields[key])
+            for key in ("layer_types", "eos_ids"):
+                fields[key] = tuple(fields[key])
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"config.json is not a gemma_jax configuration ({error}): convert the model again.") from error
+
+    @classmethod
+    def from_hf(cls, source: str | Path | Mapping[str, Any], **overrides: Any) -> "GemmaConfig":
+        """Reads a Hugging Face configuration.
+
+        Args:
+            source: a directory that holds `config.json`, the file itself, or its content as a mapping.
+            overrides: fields of `GemmaConfig` that replace what was read (`dtype=`, `memory=`, `name=`).
+
+        Raises:
+            InputError: the file is missing or broken, or a named field asks for what is not supported.
+        """
+        content = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
+        text = _text_config(content)
+        _refuse_unsupported(text)
+        family = text.model_type
+        fields: dict[str, Any] = {
+            "family": family,
+            "vocab_size": text.vocab_size,
+            "width": text.hidden_size,
+            "mlp_dim": text.intermediate_size,
+            "num_heads": text.num_attention_heads,
+            "num_kv_heads": text.num_key_value_heads,
+            "head_dim": text.head_dim,
+            "layer_types": _layer_types(text),
+            "query_scale": float(getattr(text, "query_pre_attn_scalar", text.head_dim)) ** -0.5,
+            "global_rope": _rope(text, "full_attention"),
+            "sliding_rope": _rope(text, "sliding_attention"),
+            "sliding_window": getattr(text, "sliding_window", None),
+            "attention_softcap": getattr(text, "attn_logit_softcapping", None),
+            "final_softcap": getattr(text, "final_logit_softcapping", None),
+            "qk_norm": family == "gemma3_text",
+            "post_norms": family != "gemma",
+            "tied_embeddings": bool(text.tie_word_embeddings),
+            "norm_eps": text.rms_norm_eps,
+            "bos_id": text.bos_token_id if text.bos_token_id is not None else 2,
+            "eos_ids": _ids(text.eos_token_id),
+        }
+        if SLIDING not in fields["layer_types"]:
+            fields["sliding_window"] = None
+        return cls(**(fields | overrides))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        path = path / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: name a directory that holds a Hugging Face model.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}): download the model again.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object: download the model again.")
+    return content
+
+
+def _text_config(content: Mapping[str, Any]) -> Any:
+    """The configuration of the language model, with every omitted field filled in by transformers."""
+    import transformers
+
+    classes = {
+        "gemma": transformers.GemmaConfig,
+        "gemma2": transformers.Gemma2Config,
+        "gemma3_text": transformers.Gemma3TextConfig,
+        "gemma3": transformers.Gemma3Config,
+    }
+    model_type = content.get("model_type")
+    if model_type not in classes:
+        raise InputError(f"model_type is {model_type!r}: supported are {', '.join(classes)}.")
+    try:
+        config = classes[model_type].from_dict(dict(content))
+    except Exception as error:  # the classes validate with exceptions of several libraries
+        reason = " ".join(str(error).split())
+        raise InputError(f"config.json is not a valid {model_type} configuration ({reason}).") from error
+    return config.text_config if model_type == "gemma3" else config
+
+
+def _refuse_unsupported(text: Any) -> None:
+    activation = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)
+    if activation != "gelu_pytorch_tanh":
+        raise InputError(f"hidden_activation is {activation!r}: only gelu_pytorch_tanh is supported.")
+    if text.attention_bias:
+        raise InputError("attention_bias is true: only attention without bias is supported.")
+    if getattr(text, "use_bidirectional_attention", None):
+        raise InputError("use_bidirectional_attention is true: only causal attention is supported.")
+
+
+def _layer_types(text: Any) -> tuple[str, ...]:
+    names = {"full_attention": GLOBAL, "sliding_attention": SLIDING}
+    types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    if unknown := sorted(set(types) - set(names)):
+        raise InputError(f"layer_types has {', '.join(unknown)}: supported are {', '.join(names)}.")
+    if len(types) != text.num_hidden_layers:
+        raise InputError(f"layer_types has {len(types)} entries, num_hidden_layers is {text.num_hidden_layers}.")
+    return tuple(names[kind] for kind in types)
+
+
+def _rope(text: Any, attention: str) -> Rope:
+    parameters = text.rope_parameters
+    parameters = parameters.get(attention, parameters)
+    kind = parameters.get("rope_type", "default")
+    if kind not in ("default", "linear"):
+        raise InputError(f"rope_parameters.rope_type is {kind!r}: supported are default and linear.")
+    factor = parameters.get("factor", 1.0) if kind == "linear" else 1.0
+    return Rope(theta=float(parameters["rope_theta"]), factor=float(factor))
+
+
+def _ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _preset(
+    name: str,
+    family: str,
+    width: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    mlp_dim: int,
+    *,
+    head_dim: int = 256,
+    vocab_size: int = 256_000,
+    window: int | None = None,
+    query_divisor: int | None = None,
+    rope_factor: float = 1.0,
+) -> GemmaConfig:
+    period = {"gemma": 1, "gemma2": 2, "gemma3_text": 6}[family]  # every period-th layer is global
+    return GemmaConfig(
+        family=family,
+        vocab_size=vocab_size,
+        width=width,
+        mlp_dim=mlp_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        layer_types=tuple(SLIDING if (i + 1) % period else GLOBAL for i in range(num_layers)),
+        query_scale=(query_divisor or head_dim) ** -0.5,
+        global_rope=Rope(1_000_000.0, rope_factor) if family == "gemma3_text" else Rope(10_000.0),
+        sliding_rope=Rope(10_000.0),
+        sliding_window=window,
+        attention_softcap=50.0 if family == "gemma2" else None,
+        final_softcap=30.0 if family == "gemma2" else None,
+        qk_norm=family == "gemma3_text",
+        post_norms=family != "gemma",
+        name=name,
+    )
+
+
+_G3 = {"vocab_size": 262_144, "window": 512}
+_G3_VISION = {"vocab_size": 262_208, "window": 1024, "rope_factor": 8.0}
+
+PRESETS: dict[str, GemmaConfig] = {
+    config.name: config
+    for config in (
+        #       name, family, D, layers, H, K, M
+        _preset("gemma-2b", "gemma", 2048, 18, 8, 1, 16_384),
+        _preset("gemma-7b", "gemma", 3072, 28, 16, 16, 24_576),
+        _preset("gemma-2-2b", "gemma2", 2304, 26, 8, 4, 9216, window=4096),
+        _preset("gemma-2-9b", "gemma2", 3584, 42, 16, 8, 14_336, window=4096),
+        _preset("gemma-2-27b", "gemma2", 4608, 46, 32, 16, 36_864, head_dim=128, window=4096, query_divisor=144),
+        _preset("gemma-3-270m", "gemma3_text", 640, 18, 4, 1, 2048, **_G3),
+        _preset("gemma-3-1b", "gemma3_text", 1152, 26, 4, 1, 6912, **_G3),
+        _preset("gemma-3-4b", "gemma3_text", 2560, 34, 8, 4, 10_240, **_G3_VISION),
+        _preset("gemma-3-12b", "gemma3_text", 3840, 48, 16, 8, 15_360, **_G3_VISION),
+        _preset(
+            "gemma-3-27b", "gemma3_text", 5376, 62, 32, 16, 21_504, head_dim=128, query_divisor=168, **_G3_VISION
+        ),
+    )
+}

@@ -1,0 +1,1 @@
+"""From text to an answer: reading into a State, decoding from one."""

@@ -1,0 +1,147 @@
+"""What a command tells its user on standard error, and the exit code it ends with."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from gemma_jax.errors import GemmaError, OutOfMemoryError
+from gemma_jax.inference.progress import Progress
+
+PLAIN_INTERVAL_SECONDS = 10.0  # between progress lines where standard error is not a terminal
+INTERRUPTED = 130
+
+
+class Console:
+    """Lines, warnings and a progress bar on standard error; with `quiet` only warnings."""
+
+    def __init__(self, *, quiet: bool = False):
+        self._quiet = quiet
+        self._bar: Any = None
+        self._warned: set[str] = set()
+        self._next_line = time.monotonic() + PLAIN_INTERVAL_SECONDS
+
+    def line(self, text: str) -> None:
+        """Says something that may be missed."""
+        if not self._quiet:
+            self._print(text)
+
+    def warning(self, text: str | None) -> None:
+        """Says, once, something that must not be missed; None is nothing."""
+        if text and text not in self._warned:
+            self._warned.add(text)
+            self._print(f"warning: {text}")
+
+    def progress(self, progress: Progress) -> None:
+        """Shows how far the reading is: a bar in a terminal, a line now and then elsewhere."""
+        if self._quiet:
+            return
+        if sys.stderr.isatty():
+            self._show_bar(progress)
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + PLAIN_INTERVAL_SECONDS
+            self._print(describe(progress))
+
+    def end_progress(self) -> None:
+        """Removes the bar, before something else is written to the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _show_bar(self, progress: Progress) -> None:
+        from rich import progress as rich_progress
+        from rich.console import Console as RichConsole
+
+        if self._bar is None:
+            self._bar = rich_progress.Progress(
+                rich_progress.BarColumn(),
+                rich_progress.TextColumn("{task.description}"),
+                console=RichConsole(stderr=True),
+                transient=True,
+            )
+            self._bar.add_task("", total=None)
+            self._bar.start()
+        self._bar.update(
+            self._bar.task_ids[0],
+            completed=progress.tokens,
+            total=progress.total_tokens,
+            description=describe(progress),
+        )
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def describe(progress: Progress) -> str:
+    """Progress as a phrase: `reading 4096 of about 290000 tokens, 7100 tokens/s, 40 s left`."""
+    total = "" if progress.total_tokens is None else f" of about {progress.total_tokens}"
+    left = "" if progress.seconds_left is None else f", {duration(progress.seconds_left)} left"
+    return (
+        f"reading {progress.tokens}{total} tokens, {progress.tokens_per_second:.0f} tokens/s{left}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `40 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(number_of_bytes: int) -> str:
+    """Bytes as people say them: `1.5 GB`, `870 kB`."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number_of_bytes >= scale:
+            return f"{number_of_bytes / scale:.3g} {unit}"
+    return f"{number_of_bytes} bytes"
+
+
+def run_command(command: Callable[[], None], *, debug: bool = False) -> int:
+    """Runs a command and returns its exit code; what goes wrong becomes one sentence on standard
+    error.
+
+    A reader that closes the output pipe has what it wanted: that ends quietly, with 0.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of the answer
+    try:
+        command()
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        # The interpreter flushes standard output once more at its end, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        known = as_gemma_error(error)
+        print(f"error: {known}", file=sys.stderr)
+        return known.exit_code
+
+
+def as_gemma_error(error: Exception) -> GemmaError:
+    """The error that a user is shown for any exception."""
+    if isinstance(error, GemmaError):
+        return error
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return OutOfMemoryError(
+            "Out of memory: the weights, the State and one piece of text do not fit; use a"
+            " smaller model, a shorter --segment-length, or a device with more memory."
+        )
+    first_line = next(iter(str(error).splitlines()), "")
+    return GemmaError(
+        f"Internal error ({type(error).__name__}: {first_line}): run again with --debug for the"
+        " details."
+    )

@@ -1,0 +1,66 @@
+"""Decoding: tokens out of State, in blocks of a fixed number of steps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gemma_jax.config import GemmaConfig
+from gemma_jax.inference.sampling import Sampling, draw
+from gemma_jax.model.scan import logits as logits_of
+from gemma_jax.model.state import State
+from gemma_jax.model.transformer import Params, Transformer
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "sampling", "num_tokens", "stop_ids"),
+    donate_argnames=("state",),
+)
+def decode_block(
+    params: Params,
+    logits: Float[Array, "B V"],
+    state: State,
+    *,
+    config: GemmaConfig,
+    sampling: Sampling,
+    key: Array,
+    num_tokens: int,
+    stop_ids: tuple[int, ...] = (),
+) -> tuple[Int[Array, "B num_tokens"], Int[Array, " B"], Float[Array, "B V"], State]:
+    """Samples up to `num_tokens` tokens per row and feeds each back to the model.
+
+    A row ends with the first of `stop_ids` it samples, which counts as its last token. The key of a
+    token depends on `key`, its row and its place in the text alone, so the same key gives the same
+    text however it is cut into blocks.
+
+    Args:
+        logits: of what comes next, from `prefill` or the block before.
+        state: consumed; advanced over exactly `counts[b]` tokens.
+
+    Returns:
+        Tokens (those from `counts[b]` on mean nothing and are 0), counts, logits of what comes next,
+        and State.
+    """
+    model = Transformer(config)
+    rows = jnp.arange(logits.shape[0])
+
+    def step(carry, _):
+        logits, state, going = carry
+        keys = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(key, row), at))(
+            rows, state.length
+        )
+        token = jnp.where(going, draw(sampling, logits, keys), 0)
+        count = going.astype(jnp.int32)
+        hidden, state = model.apply({"params": params}, token[:, None], state, count)
+        new = logits_of(params, hidden[:, 0], config=config)
+        logits = jnp.where(going[:, None], new, logits)
+        stopped = jnp.isin(token, jnp.asarray(stop_ids, jnp.int32))
+        return (logits, state, going & ~stopped), (token, count)
+
+    going = jnp.ones(logits.shape[0], bool)
+    (logits, state, _), (tokens, counts) = jax.lax.scan(
+        step, (logits, state, going), None, length=num_tokens
+    )
+    return tokens.T, counts.sum(axis=0), logits, state

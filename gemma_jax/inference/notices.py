@@ -1,0 +1,72 @@
+"""The sentences that `run.py` says about a model, its memory and what was read."""
+
+from typing import Any
+
+from gemma_jax.config import GemmaConfig
+from gemma_jax.inference.console import size
+
+RANDOM_MODEL = (
+    "no --model was given: a tiny model with random weights answers, and what it writes means"
+    " nothing. Name a checkpoint of convert_weights.py with --model for real answers."
+)
+
+
+def memory_needed(config: GemmaConfig) -> str:
+    """What loading and reading will take, said before anything is loaded."""
+    from gemma_jax.model.state import state_bytes
+
+    return (
+        f"{config.name}: {size(weight_bytes(config))} of weights and {size(state_bytes(config))}"
+        " of State will be held; this does not grow with the length of the text."
+    )
+
+
+def weight_bytes(config: GemmaConfig) -> int:
+    """Size of the weights in memory."""
+    attention = 2 * config.width * (config.num_heads + config.num_kv_heads) * config.head_dim
+    norms = (4 if config.post_norms else 2) * config.width
+    norms += 2 * config.head_dim if config.qk_norm else 0
+    layer = attention + 3 * config.width * config.mlp_dim + norms
+    embeddings = (1 if config.tied_embeddings else 2) * config.vocab_size * config.width
+    parameters = embeddings + config.num_layers * layer + config.width
+    return parameters * (2 if config.dtype == "bfloat16" else 4)
+
+
+def forgotten(config: GemmaConfig, tokens: int) -> str | None:
+    """The warning that a text is longer than a model without memory can see, if it is."""
+    if config.memory.rule != "off" or tokens <= config.memory.reach:
+        return None
+    return (
+        f"the text is longer than the {config.memory.reach} tokens that local attention reaches,"
+        " and memory is off (none was trained for this model): all of it is read, but the answer"
+        " knows only about the last part. Put the question and what it is about last, or raise"
+        " --segment-length."
+    )
+
+
+def untrained(recorded: GemmaConfig, rule: str | None) -> str | None:
+    """The warning that a memory rule is asked for that was not trained, if it is."""
+    if rule in (None, "off", recorded.memory.rule):
+        return None
+    return (
+        f"memory rule {rule} was not trained for this model (it records {recorded.memory.rule}):"
+        " it starts from fresh parameters, and cannot be expected to recall anything."
+    )
+
+
+def replaced(characters: int) -> str | None:
+    """The warning that some bytes were not UTF-8, if there were any."""
+    return f"{characters} places were not UTF-8 and were read as U+FFFD." if characters else None
+
+
+def summary(report: dict[str, Any], given_tokens: int) -> str:
+    """The closing line: how much was read and written, and how fast."""
+    prefill, decode = report["prefill_tokens_per_second"], report["decode_tokens_per_second"]
+    return (
+        f"read {report['prompt_tokens']} of {given_tokens} tokens{_speed(prefill)},"
+        f" wrote {len(report['tokens'])}{_speed(decode)}"
+    )
+
+
+def _speed(rate: float | None) -> str:
+    return "" if rate is None else f" ({rate:.0f} tokens/s)"

@@ -1,0 +1,69 @@
+"""How fast and how far: measurements that readers and command lines share."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far the model has read."""
+
+    tokens: int  # read, and finished by the device
+    total_tokens: (
+        int | None
+    )  # of the whole text; an estimate until everything is tokenised; None: not known
+    tokens_per_second: float
+    seconds_left: float | None
+
+
+class Rate:
+    """Tokens per second, without the first step where there are more: it includes compilation."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._first: tuple[int, float] | None = None
+        self._last = (0, self._start)
+
+    def update(self, tokens: int) -> None:
+        """Notes that `tokens` are done in all."""
+        self._last = (tokens, time.perf_counter())
+        self._first = self._first or self._last
+
+    @property
+    def per_second(self) -> float | None:
+        """None before anything was done."""
+        if self._first is None:
+            return None
+        tokens, seconds = self._last[0] - self._first[0], self._last[1] - self._first[1]
+        if tokens <= 0 or seconds <= 0:
+            tokens, seconds = self._last[0], self._last[1] - self._start
+        return tokens / seconds if seconds > 0 else None
+
+
+class Tokenized:
+    """Counts what the tokenizer gives, to estimate the whole while it is at work."""
+
+    def __init__(self, share_read: Callable[[], float | None]):
+        """`share_read` tells which share of the text (0 to 1) is tokenised, if that is known."""
+        self._share_read = share_read
+        self._tokens = 0
+        self._share: float | None = None
+
+    def count(self, ids: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
+        """Passes lists of ids on."""
+        for some in ids:
+            self._tokens += len(some)
+            self._share = self._share_read()
+            yield some
+        self._share = 1.0
+
+    def progress(self, done: int, rate: Rate) -> Progress:
+        """Where a model stands that has read `done` tokens."""
+        per_second = rate.per_second or 0.0
+        if not self._share:
+            return Progress(done, None, per_second, None)
+        total = max(done, round(self._tokens / self._share))
+        return Progress(
+            done, total, per_second, (total - done) / per_second if per_second else None
+        )

@@ -1,0 +1,1 @@
+"""The model as pure functions of parameters, tokens and State. Knows no files, text or command line."""

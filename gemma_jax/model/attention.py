@@ -1,0 +1,152 @@
+"""Local attention and rotary embedding: pure functions.
+
+Every query sees a window of the stream [history P | slots] (see `gemma_jax.model.state`), causally;
+sliding layers see the last W tokens of it; recurrent layers also see the sink, the text's first
+token, once it has left the window. Positions count from the sink (0) through the history (1 to P),
+so they stay small whatever was read.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from gemma_jax.config import Rope
+from gemma_jax.model.state import Span
+
+Heads = Float[Array, "B T H C"]
+KVHeads = Float[Array, "B T K C"]
+MASKED = -1e30
+CUDNN_KEY_MULTIPLE = 64
+
+
+@functools.cache
+def rope_table(rope: Rope, head_dim: int, num_positions: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [positions, C/2] float32; the angles are exact (float64).
+
+    RoFormer (Su et al. 2021), equation 15; linear scaling divides the position.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    frequency = (1.0 / rope.theta**exponent / rope.factor).astype(np.float32).astype(np.float64)
+    angle = np.arange(num_positions)[:, None] * frequency
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def rotate(
+    x: Float[Array, "B T J C"], cosine: Float[Array, "*b T C/2"], sine: Float[Array, "*b T C/2"]
+) -> Float[Array, "B T J C"]:
+    """Rotates the pairs (x_i, x_{i + C/2}) of every head; computed in float32."""
+    cosine, sine = cosine[..., None, :], sine[..., None, :]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: Heads,
+    k: KVHeads,
+    v: KVHeads,
+    mask: Bool[Array, "B T J"],
+    *,
+    scale: float,
+    softcap: float | None,
+    use_cudnn: bool = False,
+) -> Heads:
+    """Softmax attention of T queries over J keys, of which `mask` tells the visible ones."""
+    mask = mask[:, None]
+    if use_cudnn:
+        pad = -k.shape[1] % CUDNN_KEY_MULTIPLE
+        k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (k, v))
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, pad)))
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="cudnn")
+    if softcap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation="xla")
+    batch, length, heads, dim = q.shape
+    grouped = (q * scale).reshape(batch, length, k.shape[2], -1, dim)
+    scores = jnp.einsum("BTKGC,BJKC->BKGTJ", grouped, k, preferred_element_type=jnp.float32)
+    scores = softcap * jnp.tanh(scores / softcap)
+    weights = jax.nn.softmax(jnp.where(mask[:, :, None], scores, MASKED)).astype(v.dtype)
+    return jnp.einsum("BKGTJ,BJKC->BTKGC", weights, v).reshape(batch, length, heads, dim)
+
+
+def local_attention(
+    q: Heads,
+    keys: Float[Array, "B L K C"],
+    values: Float[Array, "B L K C"],
+    sink: tuple[KVHeads, KVHeads] | None,
+    span: Span,
+    *,
+    history: int,
+    window: int | None,
+    rope: Rope,
+    scale: float,
+    softcap: float | None,
+) -> Heads:
+    """Attention of the slots over the streams of keys and values, neither of them rotated yet.
+
+    Args:
+        q: queries of the span's slots.
+        keys, values: streams [history P | slots] as `state.lay` makes them.
+        sink: key and value [B, 1, K, C] of the text's first token, or None.
+        span: where the slots stand.
+        history: P.
+        window: W of a sliding layer, None elsewhere.
+    """
+    cosine, sine = rope_table(rope, q.shape[-1], keys.shape[1] + 1)
+    keys = rotate(keys, cosine[1:], sine[1:])
+    positions = jnp.arange(span.slots) + history + 1
+    if not span.whole_segments:
+        positions = jnp.minimum(positions + span.fill[:, None], keys.shape[1])
+    q = rotate(q, jnp.asarray(cosine)[positions], jnp.asarray(sine)[positions])
+
+    if span.whole_segments:
+        length = history + span.segment_length
+        starts = [n * span.segment_length for n in range(span.num_segments)]
+        q = q.reshape(-1, span.segment_length, *q.shape[2:])
+        windows = [_windows(x, starts, length) for x in (keys, values)]
+    else:
+        length, starts = keys.shape[1], [0]
+        windows = [keys, values]
+    mask = _window_mask(span, jnp.asarray(starts), length, history, window)
+    if sink is not None:
+        # The sink stands just before the window, for each of the windows.
+        at = np.asarray(starts)
+        sink_keys = rotate(sink[0].repeat(len(starts), 1), cosine[at], sine[at])
+        sink_values = sink[1].repeat(len(starts), 1)
+        fold = (-1, 1, *sink_keys.shape[2:])
+        windows = [
+            jnp.concatenate([first.reshape(fold), rest], axis=1)
+            for first, rest in zip((sink_keys, sink_values), windows, strict=True)
+        ]
+        gone = span.past[:, None] + jnp.asarray(starts) > history  # the first token left the window
+        gone = jnp.broadcast_to(gone.reshape(-1, 1, 1), (*mask.shape[:2], 1))
+        mask = jnp.concatenate([gone, mask], axis=2)
+    use_cudnn = (
+        span.whole_segments
+        and jax.default_backend() == "gpu"
+        and q.dtype == jnp.bfloat16
+        and softcap is None
+    )
+    out = attend(q, *windows, mask, scale=scale, softcap=softcap, use_cudnn=use_cudnn)
+    return out.reshape(-1, span.slots, *out.shape[2:])
+
+
+def _windows(stream: Float[Array, "B L K C"], starts: list[int], length: int) -> Array:
+    """Overlapping windows of a stream, one per segment, folded into the batch: [B*N, length, K, C]."""
+    windows = jnp.stack([stream[:, at : at + length] for at in starts], axis=1)
+    return windows.reshape(-1, *windows.shape[2:])
+
+
+def _window_mask(
+    span: Span, starts: Array, length: int, history: int, window: int | None
+) -> Bool[Array, "B*N T J"]:
+    """Which keys of its window a query sees: those before it, not too far, and not before the text."""
+    key = jnp.arange(length)
+    query = history + jnp.arange(min(span.slots, span.segment_length))
+    query = query if span.whole_segments else query + span.fill[:, None, None]  # else [B, 1, T]
+    distance = jnp.expand_dims(query, -1) - key
+    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    real = key + starts[:, None] >= (history - span.past)[:, None, None]  # [B, N, J]
+    mask = visible & real[:, :, None, :]
+    return mask.reshape(-1, *mask.shape[2:])

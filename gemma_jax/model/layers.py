@@ -1,0 +1,72 @@
+"""The plain parts of Gemma: declared parameters, norm, embedding, feed-forward."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+INIT = nn.initializers.normal(0.02)
+
+
+def declare(
+    module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], dtype, init: Callable = INIT
+) -> Array:
+    """A parameter of `module` with the logical names of its axes, declared in one place."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + scale), computed in float32 (Zhang and Sennrich 2019, as Gemma stores it)."""
+
+    eps: float
+    dtype: str
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        scale = declare(self, "scale", (self.axis,), x.shape[-1:], self.dtype, nn.initializers.zeros)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+class Embedder(nn.Module):
+    """Token embedding, and the head that turns hidden states into logits (tied or its own)."""
+
+    vocab_size: int
+    width: int
+    tied: bool
+    dtype: str
+
+    def setup(self):
+        shape = (self.vocab_size, self.width)
+        self.embedding = declare(self, "embedding", ("vocab", "embed"), shape, self.dtype)
+        if not self.tied:
+            self.head = declare(self, "head", ("vocab", "embed"), shape, self.dtype)
+
+    def encode(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = self.embedding[tokens].astype(self.dtype)
+        return x * jnp.sqrt(jnp.float32(self.width)).astype(self.dtype)  # rounded as the reference does
+
+    def decode(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        head = self.embedding if self.tied else self.head
+        return jnp.einsum(
+            "...D,VD->...V", hidden, head.astype(self.dtype), preferred_element_type=jnp.float32
+        )
+
+
+class FeedForward(nn.Module):
+    """GeGLU with the tanh approximation of GELU (Shazeer 2020): gelu(x Wg) * (x Wu) Wd."""
+
+    mlp_dim: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        width = x.shape[-1]
+        gate_up = declare(self, "gate_up", ("embed", "mlp"), (width, 2 * self.mlp_dim), self.dtype)
+        down = declare(self, "down", ("mlp", "embed"), (self.mlp_dim, width), self.dtype)
+        gate, up = jnp.split(x @ gate_up.astype(self.dtype), 2, axis=-1)
+        return (nn.gelu(gate, approximate=True) * up) @ down.astype(self.dtype)

@@ -1,0 +1,358 @@
+"""Memory rules: how a layer remembers the tokens that local attention no longer sees.
+
+A rule is one class of pure functions: `params`, `features`, `init`, `read`, `write`. Ours are `off`,
+`linear`, `delta` and `gated_delta`; a rule of your own lives in your own file and is named
+`path/to/file.py:ClassName` wherever a rule's name is asked for.
+
+Memory is float32 and exists per layer and per KV head; the query heads of a group read the same one.
+Keys and queries enter it after QK-norm and before rotary embedding. Each token is written once, with
+its whole segment, when local attention stops seeing that segment.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from gemma_jax.config import GLOBAL, GemmaConfig
+from gemma_jax.errors import GemmaError, UsageError
+
+Memory = dict[str, Array]
+Features = dict[str, Array]
+Params = dict[str, Array]
+
+BLOCK = 64  # tokens of one block of the chunked delta rule
+EPS = 1e-6
+
+# The GPU's default for float32 products is TF32, which has ten bits of fraction.
+einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter of a rule: float32, one per layer that has memory."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]  # logical names of the axes
+    init: Callable = nn.initializers.zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryRule:
+    """What every rule provides; this one remembers nothing (rule `off`).
+
+    Axis letters are those of `gemma_jax`. `p` holds the arrays of `params`, of one layer.
+    """
+
+    config: GemmaConfig
+
+    def params(self) -> dict[str, Parameter]:
+        """The rule's own parameters."""
+        return {}
+
+    def features(
+        self,
+        p: Params,
+        x: Float[Array, "B T D"],
+        q: Float[Array, "B T H C"],
+        k: Float[Array, "B T K C"],
+        v: Float[Array, "B T K C"],
+    ) -> Features:
+        """What must be known of each token when it is written, beside its key and value.
+
+        Returns arrays [B, T, ...]. They are buffered in State until the segment is written.
+        """
+        return {}
+
+    def init(self, batch_size: int) -> Memory:
+        """The memory of a text of which nothing was written yet: arrays [B, ...]."""
+        return {}
+
+    def read(
+        self,
+        p: Params,
+        memory: Memory,
+        q: Float[Array, "B T H C"],
+        attended: Float[Array, "B T H C"],
+    ) -> Float[Array, "B T H C"]:
+        """Mixes what the queries find in memory with what local attention found."""
+        return attended
+
+    def write(self, memory: Memory, features: Features, mask: Bool[Array, "B S"]) -> Memory:
+        """The memory after a segment; `features` also holds `key` and `value` [B, S, K, C].
+
+        Tokens outside `mask` must leave no trace.
+        """
+        return memory
+
+    def gates(self, p: Params) -> dict[str, Array]:
+        """For inspection: how much each query head listens to memory."""
+        return {}
+
+    def grouped(self, q: Float[Array, "B T H C"]) -> Float[Array, "B T K G C"]:
+        """Query heads by the KV head they belong to, in float32."""
+        q = q.reshape(*q.shape[:2], self.config.num_kv_heads, -1, self.config.head_dim)
+        return q.astype(jnp.float32)
+
+    def zeros(self, batch_size: int, *shape: int) -> Float[Array, "B K *shape"]:
+        return jnp.zeros((batch_size, self.config.num_kv_heads, *shape), jnp.float32)
+
+
+def elu_plus_one(x: Array) -> Array:
+    """Positive features of linear attention (Katharopoulos et al. 2020, equation 7)."""
+    return jax.nn.elu(x.astype(jnp.float32)) + 1.0
+
+
+class Linear(MemoryRule):
+    """Compressive memory of Infini-attention (Munkhdalai et al. 2024, equations 3, 4 and 6).
+
+    M += phi(K)^T V, z += sum phi(k); a read is phi(q) M / (phi(q) z), 0 while z is 0, and enters with
+    weight sigmoid(gate) per query head, local attention with 1 - sigmoid(gate).
+    """
+
+    def params(self) -> dict[str, Parameter]:
+        return {"gate": Parameter((self.config.num_heads,), ("heads",))}
+
+    def init(self, batch_size: int) -> Memory:
+        dim = self.config.head_dim
+        return {"M": self.zeros(batch_size, dim, dim), "z": self.zeros(batch_size, dim)}
+
+    def read(self, p, memory, q, attended):
+        phi = elu_plus_one(self.grouped(q))
+        found = einsum("BTKGF,BKFC->BTKGC", phi, memory["M"])
+        total = einsum("BTKGF,BKF->BTKG", phi, memory["z"])
+        found = _divide(found, total).reshape(attended.shape)
+        weight = self.gates(p)["read"][:, None]
+        return (weight * found + (1.0 - weight) * attended).astype(attended.dtype)
+
+    def write(self, memory, features, mask):
+        phi = elu_plus_one(features["key"]) * mask[..., None, None]
+        value = self.new_value(memory, phi, features["value"].astype(jnp.float32))
+        return {
+            "M": memory["M"] + einsum("BSKF,BSKC->BKFC", phi, value),
+            "z": memory["z"] + phi.sum(axis=1),
+        }
+
+    def new_value(self, memory: Memory, phi: Array, value: Array) -> Array:
+        """What is bound to the keys: the values as they are."""
+        return value
+
+    def gates(self, p):
+        return {"read": jax.nn.sigmoid(p["gate"].astype(jnp.float32))}
+
+
+class Delta(Linear):
+    """Infini-attention's Linear + Delta (equation 5): what memory already answers is not added again.
+
+    The values of a segment lose what memory, as it was before the segment, returns for their keys.
+    """
+
+    def new_value(self, memory, phi, value):
+        found = einsum("BSKF,BKFC->BSKC", phi, memory["M"])
+        return value - _divide(found, einsum("BSKF,BKF->BSK", phi, memory["z"]))
+
+
+class GatedDelta(MemoryRule):
+    """Delta rule per token with L2-normalised keys and a write gate per token and KV head.
+
+    M_t = M_{t-1} + w_t k_t (v_t - k_t M_{t-1})^T  (Schlag et al. 2021, equation 24), with the write
+    gate w_t = gate(x_t W + b). Reads add g * rms_norm(q M), with g per query head starting at 0, so
+    that an untrained memory changes nothing and still has a gradient.
+    """
+
+    def params(self) -> dict[str, Parameter]:
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        return {
+            "gate": Parameter((heads,), ("heads",)),
+            "write_kernel": Parameter((self.config.width, kv_heads), ("embed", "kv_heads")),
+            "write_bias": Parameter((kv_heads,), ("kv_heads",)),
+        }
+
+    def features(self, p, x, q, k, v):
+        logit = einsum("BTD,DK->BTK", x.astype(jnp.float32), p["write_kernel"]) + p["write_bias"]
+        soft = jax.nn.sigmoid(logit)
+        if self.config.memory.write_gate == "sigmoid":
+            return {"write": soft}
+        # Exactly 0 and 1 at the ends; outside them the gradient is the sigmoid's, so that a closed
+        # gate can open again.
+        hard = jnp.clip(logit / 4.0 + 0.5, 0.0, 1.0)
+        inside = (hard > 0.0) & (hard < 1.0)
+        return {"write": jnp.where(inside, hard, soft + jax.lax.stop_gradient(hard - soft))}
+
+    def init(self, batch_size: int) -> Memory:
+        dim = self.config.head_dim
+        return {
+            "M": self.zeros(batch_size, dim, dim),
+            "written": self.zeros(batch_size),  # sum of the write gates
+            "offered": self.zeros(batch_size),  # tokens they were computed for
+        }
+
+    def read(self, p, memory, q, attended):
+        found = einsum("BTKGF,BKFC->BTKGC", l2_normalize(self.grouped(q)), memory["M"])
+        found = found * jax.lax.rsqrt(jnp.mean(found**2, axis=-1, keepdims=True) + EPS)
+        gate = p["gate"].astype(jnp.float32)[:, None]
+        return (attended + gate * found.reshape(attended.shape)).astype(attended.dtype)
+
+    def write(self, memory, features, mask):
+        gate = jnp.where(mask[..., None], features["write"], 0.0)
+        key = l2_normalize(features["key"].astype(jnp.float32))
+        value = features["value"].astype(jnp.float32)
+        return {
+            "M": delta_rule(memory["M"], key, value, gate),
+            "written": memory["written"] + gate.sum(axis=1),
+            "offered": memory["offered"] + mask.sum(axis=1, dtype=jnp.float32)[:, None],
+        }
+
+    def gates(self, p):
+        return {"read": p["gate"]}
+
+
+def l2_normalize(x: Array) -> Array:
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + EPS)
+
+
+def delta_rule(
+    memory: Float[Array, "B K F C"],
+    key: Float[Array, "B S K F"],
+    value: Float[Array, "B S K C"],
+    gate: Float[Array, "B S K"],
+) -> Float[Array, "B K F C"]:
+    """M_t = M_{t-1} + g_t k_t (v_t - k_t M_{t-1})^T over S tokens, in blocks (float32).
+
+    Within a block the tokens' corrections solve a unit lower triangular system (the WY form of Yang
+    et al. 2024, "Parallelizing Linear Transformers with the Delta Rule", equations 10 and 11). It is
+    solved by substitution: powers of its matrix overflow when keys are nearly equal.
+    """
+    pad = -key.shape[1] % BLOCK
+
+    def blocks(x: Array) -> Array:  # [B, S, K, ...] -> [blocks, B, K, BLOCK, ...]
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:])
+        return jnp.moveaxis(jnp.moveaxis(x, 3, 1), 2, 0)
+
+    key, value, gate = blocks(key), blocks(value), blocks(gate)[..., None]
+    overlap = jnp.tril(gate * einsum("nBKsF,nBKtF->nBKst", key, key), -1)
+    right = jnp.concatenate([gate * value, gate * key], axis=-1)
+    solved = jax.lax.linalg.triangular_solve(
+        overlap + jnp.eye(BLOCK), right, left_side=True, lower=True, unit_diagonal=True
+    )
+    new_value, new_key = jnp.split(solved, [value.shape[-1]], axis=-1)
+
+    def step(memory, block):
+        key, new_key, new_value = block
+        correction = new_value - einsum("BKsF,BKFC->BKsC", new_key, memory)
+        return memory + einsum("BKsF,BKsC->BKFC", key, correction), None
+
+    return jax.lax.scan(step, memory, (key, new_key, new_value))[0]
+
+
+def _divide(found: Array, total: Array) -> Array:
+    """found / total, and 0 where total is 0, with a gradient in both cases."""
+    empty = total == 0.0
+    return jnp.where(empty[..., None], 0.0, found / jnp.where(empty, 1.0, total)[..., None])
+
+
+RULES: dict[str, type[MemoryRule]] = {
+    "off": MemoryRule,
+    "linear": Linear,
+    "delta": Delta,
+    "gated_delta": GatedDelta,
+}
+
+
+def make_rule(config: GemmaConfig) -> MemoryRule:
+    """The rule that `config.memory.rule` names.
+
+    Raises:
+        UsageError: no such rule, or the file that should hold it cannot be used.
+    """
+    return _rule_class(config.memory.rule)(config)
+
+
+@functools.cache
+def _rule_class(name: str) -> type[MemoryRule]:
+    if name in RULES:
+        return RULES[name]
+    path, colon, class_name = name.rpartition(":")
+    if not colon:
+        raise UsageError(
+            f"There is no memory rule {name!r}: choose one of {', '.join(RULES)}, or name your own as"
+            " path/to/file.py:ClassName."
+        )
+    if not Path(path).is_file():
+        raise UsageError(f"The memory rule's file {path} does not exist.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found = getattr(module, class_name)
+    except GemmaError:
+        raise
+    except Exception as error:  # whatever a user's file does when it is run
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"The memory rule {name} cannot be loaded ({reason}).") from error
+    if not (isinstance(found, type) and issubclass(found, MemoryRule)):
+        raise UsageError(f"{name} is not a memory rule: derive it from gemma_jax.MemoryRule.")
+    return found
+
+
+def init_features(config: GemmaConfig, batch_size: int, length: int) -> Features:
+    """Empty buffers [B, length, ...] for what the rule wants to know of each token."""
+    rule = make_rule(config)
+    p = {name: jnp.zeros(spec.shape) for name, spec in rule.params().items()}
+
+    def features():
+        tokens = (batch_size, length)
+        x = jnp.zeros((*tokens, config.width), config.dtype)
+        q = jnp.zeros((*tokens, config.num_heads, config.head_dim), config.dtype)
+        k = jnp.zeros((*tokens, config.num_kv_heads, config.head_dim), config.dtype)
+        return rule.features(p, x, q, k, k)
+
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(features))
+
+
+def write_segment(
+    rule: MemoryRule, memory: Memory, tokens: Features, present: Bool[Array, " B"], length: int
+) -> Memory:
+    """Writes one segment, in the rows where it is `present`; the others keep their memory exactly.
+
+    Args:
+        tokens: streams whose first `length` tokens are the segment, with `key` and `value`.
+        length: S.
+    """
+    tokens = {name: stream[:, :length] for name, stream in tokens.items()}
+    mask = jnp.broadcast_to(present[:, None], (present.shape[0], length))
+    with jax.default_matmul_precision("highest"):
+        written = rule.write(memory, tokens, mask)
+
+    def keep(new: Array, old: Array) -> Array:
+        return jnp.where(present.reshape(-1, *[1] * (new.ndim - 1)), new, old).astype(old.dtype)
+
+    return jax.tree.map(keep, written, memory)
+
+
+def inspect(params: Any, state: Any, *, config: GemmaConfig) -> dict[int, dict[str, Array]]:
+    """What the memory of each layer that has one holds and how it is used.
+
+    Returns:
+        By layer index: the read gates [H] (`read`), every array of the memory ([B, K, ...], as the
+        rule names them), and `written_share` [B, K] for rules that count what they write.
+    """
+    rule = make_rule(config)
+    found: dict[int, dict[str, Array]] = {}
+    for i, (kind, layer) in enumerate(zip(config.layer_types, state.layers, strict=True)):
+        if kind != GLOBAL:
+            continue
+        p = params[f"layers_{i}"]["attention"].get("memory", {})
+        found[i] = {**rule.gates(p), **layer.memory}
+        if "offered" in layer.memory:
+            offered = jnp.maximum(layer.memory["offered"], 1.0)
+            found[i]["written_share"] = layer.memory["written"] / offered
+    return found

@@ -1,0 +1,158 @@
+"""Texts of any length through the model: `lax.scan` over steps that carry State.
+
+A step takes `step_tokens` slots: whole segments, or fewer than S tokens of one segment. Rows stand at
+their own places on their own grids, so each row takes as many of its tokens as the step has room for,
+and steps in which no row has any left are skipped. Every split of the same tokens into calls gives
+the same State.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gemma_jax.config import GemmaConfig
+from gemma_jax.errors import UsageError
+from gemma_jax.model.state import State
+from gemma_jax.model.transformer import Params, Transformer
+
+STEP_TOKENS = {"cpu": 256}  # enough for a CPU's matrix products; short prompts stay cheap
+DEFAULT_STEP_TOKENS = 8192
+
+
+def default_step_tokens(config: GemmaConfig) -> int:
+    """Slots of a step that suit the device: a divisor of S, or whole segments."""
+    wanted = STEP_TOKENS.get(jax.default_backend(), DEFAULT_STEP_TOKENS)
+    length = config.memory.segment_length
+    if wanted >= length:
+        return wanted // length * length
+    return next(n for n in range(wanted, 0, -1) if length % n == 0)
+
+
+def scan_steps(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    state: State,
+    visit: Callable[[Any, Array, Array, Array], tuple[Any, Any]],
+    carry: Any,
+    *,
+    config: GemmaConfig,
+    lengths: Int[Array, " B"] | None = None,
+    step_tokens: int | None = None,
+    remat: bool = False,
+) -> tuple[Any, Any, State]:
+    """Reads right-padded tokens step by step, showing each step's hidden states to `visit`.
+
+    Args:
+        visit: (carry, hidden [B, slots, D], first [B], count [B]) -> (carry, y), where the row's new
+            tokens stand in the slots first to first + count.
+        lengths: tokens of each row; all T by default.
+        remat: recompute each step in the backward pass.
+
+    Returns:
+        The last carry; ((y, first, count) of each step, stacked), and the State.
+    """
+    batch, total = tokens.shape
+    length = config.memory.segment_length
+    slots = min(step_tokens or default_step_tokens(config), max(total, 1))
+    slots = -(-slots // length) * length if slots >= length else slots
+    if slots >= length:
+        num_steps = -(-(total + length - 1) // slots)
+    else:  # a step ends at a segment's end
+        num_steps = -(-total // slots) + max(total + length - 2, 0) // length
+    if lengths is None:
+        lengths = jnp.full((batch,), total, jnp.int32)
+    lengths = jnp.minimum(lengths, total)
+    apply = functools.partial(Transformer(config).apply, {"params": params})
+    if remat:
+        apply = jax.checkpoint(apply)
+
+    def step(carry, _):
+        state, taken, inner = carry
+        first = state.fill if slots >= length else jnp.zeros_like(state.fill)
+        room = slots - first if slots >= length else jnp.minimum(slots, length - state.fill)
+        count = jnp.minimum(lengths - taken, room)
+
+        def run(state, inner):
+            at = jnp.clip(taken[:, None] + jnp.arange(slots) - first[:, None], 0, total - 1)
+            hidden, state = apply(jnp.take_along_axis(tokens, at, axis=1), state, count)
+            inner, y = visit(inner, hidden, first, count)
+            return state, inner, y
+
+        def skip(state, inner):
+            y = jax.eval_shape(run, state, inner)[2]
+            return state, inner, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), y)
+
+        state, inner, y = jax.lax.cond(jnp.any(count > 0), run, skip, state, inner)
+        return (state, taken + count, inner), (y, first, count)
+
+    if total == 0:
+        raise UsageError("tokens has no columns: give at least one token.")
+    start = (state, jnp.zeros((batch,), jnp.int32), carry)
+    (state, _, carry), steps = jax.lax.scan(step, start, None, length=num_steps)
+    return carry, steps, state
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "step_tokens", "remat"), donate_argnames=("state",)
+)
+def forward(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    state: State,
+    *,
+    config: GemmaConfig,
+    lengths: Int[Array, " B"] | None = None,
+    step_tokens: int | None = None,
+    remat: bool = False,
+) -> tuple[Float[Array, "B T D"], State]:
+    """Hidden states at all positions, after the final norm; differentiable, for research and training.
+
+    Args:
+        params: nested dict as `abstract_params(config)` describes it.
+        tokens: right-padded when `lengths` is given.
+        state: continues this State, which is consumed.
+        step_tokens: slots of a step of the scan; suits the device by default.
+        remat: recompute each step in the backward pass instead of keeping its activations.
+
+    Returns:
+        Hidden states, zero beyond a row's length, and the State. `logits` turns them into logits.
+    """
+    batch, total = tokens.shape
+
+    def keep(carry, hidden, first, count):
+        return carry, hidden
+
+    _, (hidden, first, count), state = scan_steps(
+        params,
+        tokens,
+        state,
+        keep,
+        None,
+        config=config,
+        lengths=lengths,
+        step_tokens=step_tokens,
+        remat=remat,
+    )
+    slots = hidden.shape[2]
+    end = jnp.cumsum(count, axis=0)  # [steps, B], tokens taken after each step
+    position = jnp.arange(total)
+    step = jnp.sum(position[:, None, None] >= end, axis=1).T  # [B, T], the step that took the token
+    step = jnp.minimum(step, end.shape[0] - 1)
+    begin = jnp.take_along_axis((end - count).T, step, axis=1)
+    slot = jnp.take_along_axis(first.T, step, axis=1) + position - begin
+    flat = jnp.moveaxis(hidden, 0, 1).reshape(batch, -1, hidden.shape[-1])
+    at = jnp.clip(step * slots + slot, 0, flat.shape[1] - 1)
+    found = jnp.take_along_axis(flat, at[..., None], axis=1)
+    return jnp.where(position[:, None] < end[-1][:, None, None], found, 0), state
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def logits(
+    params: Params, hidden: Float[Array, "*b D"], *, config: GemmaConfig
+) -> Float[Array, "*b V"]:
+    """Logits in float32 of hidden states that `forward` gave."""
+    return Transformer(config).apply({"params": params}, hidden, method="logits")

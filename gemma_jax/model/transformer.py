@@ -1,0 +1,295 @@
+"""Gemma 1, 2 and 3 from one set of Flax modules.
+
+`Transformer` takes tokens and State and gives hidden states and State. A step is either a number of
+whole segments, which every layer works on at once, or a few tokens within one segment (decoding is
+one). `gemma_jax.model.scan` cuts texts of any length into such steps.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gemma_jax.config import GLOBAL, SLIDING, GemmaConfig
+from gemma_jax.model import memory as memory_lib
+from gemma_jax.model.attention import local_attention
+from gemma_jax.model.layers import Embedder, FeedForward, RMSNorm, declare
+from gemma_jax.model.state import (
+    LayerState,
+    Span,
+    State,
+    history_length,
+    init_state,
+    lay,
+    past_limit,
+    settle,
+)
+
+Params = dict[str, Any]
+
+
+class MemoryParams(nn.Module):
+    """The parameters that a memory rule asks for, as a dict."""
+
+    rule: memory_lib.MemoryRule
+
+    @nn.compact
+    def __call__(self) -> dict[str, Array]:
+        return {
+            name: declare(self, name, spec.axes, spec.shape, "float32", spec.init)
+            for name, spec in self.rule.params().items()
+        }
+
+
+class Attention(nn.Module):
+    """Local attention, and in global layers the recurrent memory behind it."""
+
+    config: GemmaConfig
+    layer_type: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], state: LayerState, span: Span
+    ) -> tuple[Float[Array, "B T D"], LayerState]:
+        """Returns the output, and the layer's streams with memory up to date (see `settle_layer`)."""
+        config, dim = self.config, self.config.head_dim
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        shape = (config.width, (heads + 2 * kv_heads) * dim)
+        qkv = declare(self, "qkv", ("embed", "heads"), shape, config.dtype)
+        out = declare(self, "out", ("heads", "embed"), (heads * dim, config.width), config.dtype)
+
+        projected = x @ qkv.astype(config.dtype)
+        projected = projected.reshape(*x.shape[:2], heads + 2 * kv_heads, dim)
+        q, k, v = jnp.split(projected, [heads, heads + kv_heads], axis=2)
+        if config.qk_norm:
+            q = RMSNorm(config.norm_eps, config.dtype, "head_dim", name="query_norm")(q)
+            k = RMSNorm(config.norm_eps, config.dtype, "head_dim", name="key_norm")(k)
+
+        state = self._remember_sink(state, k, v, span)
+        keys, values = lay(state.keys, k, span), lay(state.values, v, span)
+        state = state.replace(keys=keys, values=values)
+        attended = local_attention(
+            q,
+            keys,
+            values,
+            (state.sink_key, state.sink_value) if state.sink_key is not None else None,
+            span,
+            history=history_length(config, self.layer_type),
+            window=config.sliding_window if self.layer_type == SLIDING else None,
+            rope=config.rope(self.layer_type),
+            scale=config.query_scale,
+            softcap=config.attention_softcap,
+        )
+        if self.layer_type == GLOBAL:
+            attended, state = self._use_memory(x, q, k, v, attended, state, span)
+        attended = attended.reshape(*x.shape[:2], -1)
+        return attended @ out.astype(config.dtype), state
+
+    def _remember_sink(self, state: LayerState, k: Array, v: Array, span: Span) -> LayerState:
+        if state.sink_key is None:
+            return state
+        starts = ((span.past + span.fill == 0) & (span.count > 0))[:, None, None, None]
+        return state.replace(
+            sink_key=jnp.where(starts, k[:, :1], state.sink_key),
+            sink_value=jnp.where(starts, v[:, :1], state.sink_value),
+        )
+
+    def _use_memory(
+        self, x: Array, q: Array, k: Array, v: Array, attended: Array, state: LayerState, span: Span
+    ) -> tuple[Array, LayerState]:
+        """Reads memory as it stood at each segment's start; writes segments as they leave sight."""
+        rule = memory_lib.make_rule(self.config)
+        p = MemoryParams(rule, name="memory")() if rule.params() else {}
+        features = rule.features(p, x, q, k, v)
+        features = {name: lay(state.features[name], new, span) for name, new in features.items()}
+        state = state.replace(features=features)
+        with jax.default_matmul_precision("highest"):
+            if not span.whole_segments:
+                return rule.read(p, state.memory, q, attended), state
+            streams = written_streams(state)
+
+            def write(memory, n):
+                after = write_leaving_segment(self.config, memory, streams, span, n)
+                return after, memory
+
+            memory, before = jax.lax.scan(write, state.memory, jnp.arange(span.num_segments))
+
+            def by_segment(y: Array) -> Array:
+                y = y.reshape(y.shape[0], -1, span.segment_length, *y.shape[2:])
+                return jnp.moveaxis(y, 1, 0)
+
+            read = jax.vmap(functools.partial(rule.read, p))
+            mixed = read(before, by_segment(q), by_segment(attended))
+        return jnp.moveaxis(mixed, 0, 1).reshape(attended.shape), state.replace(memory=memory)
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each between norms and added to the residual."""
+
+    config: GemmaConfig
+    layer_type: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], state: LayerState, span: Span
+    ) -> tuple[Float[Array, "B T D"], LayerState]:
+        config = self.config
+
+        def norm(name: str, y: Array) -> Array:
+            return RMSNorm(config.norm_eps, config.dtype, name=name)(y)
+
+        attention = Attention(config, self.layer_type, name="attention")
+        y, state = attention(norm("pre_attention_norm", x), state, span)
+        x = x + (norm("post_attention_norm", y) if config.post_norms else y)
+        y = FeedForward(config.mlp_dim, config.dtype, name="mlp")(norm("pre_mlp_norm", x))
+        x = x + (norm("post_mlp_norm", y) if config.post_norms else y)
+        return x, state
+
+
+class Transformer(nn.Module):
+    """Gemma's decoder: tokens and State in, hidden states and State out."""
+
+    config: GemmaConfig
+
+    def setup(self):
+        config = self.config
+        self.embedder = Embedder(
+            config.vocab_size, config.width, config.tied_embeddings, config.dtype
+        )
+        self.layers = [Block(config, kind) for kind in config.layer_types]
+        self.final_norm = RMSNorm(config.norm_eps, config.dtype)
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], state: State, count: Int[Array, " B"] | None = None
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """One step over T slots; see `state.Span` for where its tokens must stand.
+
+        Args:
+            tokens: T < S tokens that fit into the current segment, or whole segments, whose first
+                `state.fill` slots are ignored.
+            count: new tokens of each row; all slots by default.
+        """
+        segment_length = self.config.memory.segment_length
+        slots = tokens.shape[1]
+        if count is None:
+            count = slots - (state.fill if slots >= segment_length else 0) + 0 * state.fill
+        span = Span(state.fill, state.past, count, slots, segment_length)
+        x = self.embedder.encode(tokens)
+        layers = []
+        for block, layer in zip(self.layers, state.layers, strict=True):
+            x, layer = block(x, layer, span)
+            layers.append(layer)
+        return self.final_norm(x), advance(self.config, state, tuple(layers), span)
+
+    def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        """Logits in float32."""
+        logits = self.embedder.decode(hidden)
+        cap = self.config.final_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def logits_of_all(self, tokens: Array, state: State) -> Array:
+        return self.logits(self(tokens, state)[0])
+
+
+def written_streams(state: LayerState) -> dict[str, Array]:
+    """What a rule is given of the tokens it writes."""
+    return {"key": state.keys, "value": state.values, **state.features}
+
+
+def write_leaving_segment(
+    config: GemmaConfig, memory: dict, streams: dict[str, Array], span: Span, n: Array | int
+) -> dict:
+    """Writes the segment that leaves local sight when the span's n-th segment is complete."""
+    length = config.memory.segment_length
+    history = history_length(config, GLOBAL)
+    streams = {
+        name: jax.lax.dynamic_slice_in_dim(stream, n * length, length, axis=1)
+        for name, stream in streams.items()
+    }
+    exists = span.past + n * length >= history  # the first segment has none before it
+    return memory_lib.write_segment(
+        memory_lib.make_rule(config), memory, streams, exists & (span.completed > n), length
+    )
+
+
+def settle_layer(config: GemmaConfig, layer_type: str, state: LayerState, span: Span) -> LayerState:
+    """From streams back to buffers; writes to memory what `Attention` has not written yet."""
+    window = history_length(config, layer_type) + config.memory.segment_length
+    memory = state.memory
+    if memory and not span.whole_segments:
+        memory = write_leaving_segment(config, memory, written_streams(state), span, 0)
+    return state.replace(
+        keys=settle(state.keys, span, window),
+        values=settle(state.values, span, window),
+        features={name: settle(stream, span, window) for name, stream in state.features.items()},
+        memory=memory,
+    )
+
+
+def advance(
+    config: GemmaConfig, state: State, layers: tuple[LayerState, ...], span: Span
+) -> State:
+    """The State after a step whose layers left `layers`."""
+
+    def settle_all(layers: tuple[LayerState, ...]) -> tuple[LayerState, ...]:
+        pairs = zip(config.layer_types, layers, strict=True)
+        return tuple(settle_layer(config, kind, layer, span) for kind, layer in pairs)
+
+    def truncate(layers: tuple[LayerState, ...]) -> tuple[LayerState, ...]:
+        def cut(old: LayerState, new: LayerState) -> LayerState:
+            return jax.tree.map(lambda a, b: b[:, : a.shape[1]], old, new)
+
+        return tuple(cut(old, new) for old, new in zip(state.layers, layers, strict=True))
+
+    if span.whole_segments:
+        layers = settle_all(layers)
+    else:
+        layers = jax.lax.cond(jnp.any(span.completed > 0), settle_all, truncate, layers)
+    left = span.completed * span.segment_length
+    return State(
+        length=state.length + span.count,
+        fill=state.fill + span.count - left,
+        past=jnp.minimum(state.past + left, past_limit(config)),
+        layers=layers,
+    )
+
+
+def init_params(config: GemmaConfig, key: Array) -> Params:
+    """Random parameters: N(0, 0.02), norms 0; arrays as `abstract_params` describes them."""
+    return nn.meta.unbox(_init_boxed(config, key))
+
+
+def abstract_params(config: GemmaConfig) -> Params:
+    """Shapes and dtypes of all parameters, as a nested dict of `jax.ShapeDtypeStruct`."""
+    return nn.meta.unbox(_eval_boxed(config))
+
+
+def param_axes(config: GemmaConfig) -> Params:
+    """The logical axes of all parameters, as a nested dict of `jax.sharding.PartitionSpec`."""
+    return nn.get_partition_spec(_eval_boxed(config))
+
+
+def init_memory_params(config: GemmaConfig, key: Array) -> Params:
+    """Fresh parameters of the memory rule alone, in their places in the tree of all parameters."""
+    rule = memory_lib.make_rule(config)
+    layers = [i for i, kind in enumerate(config.layer_types) if kind == GLOBAL and rule.params()]
+    return {
+        f"layers_{i}": {
+            "attention": {
+                "memory": nn.meta.unbox(MemoryParams(rule).init(jax.random.fold_in(key, i)))["params"]
+            }
+        }
+        for i in layers
+    }
+
+
+def _init_boxed(config: GemmaConfig, key: Array) -> Params:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Transformer(config).init(key, tokens, init_state(config), method="logits_of_all")["params"]
+
+
+def _eval_boxed(config: GemmaConfig) -> Params:
+    return jax.eval_shape(lambda key: _init_boxed(config, key), jax.random.key(0))
