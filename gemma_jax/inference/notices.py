@@ -1,5 +1,6 @@
 """The sentences that `run.py` says about a model, its memory and what was read."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from gemma_jax.config import GemmaConfig
@@ -70,3 +71,24 @@ def summary(report: dict[str, Any], given_tokens: int) -> str:
 
 def _speed(rate: float | None) -> str:
     return "" if rate is None else f" ({rate:.0f} tokens/s)"
+
+
+def converted(conversion: Any, dest: str) -> Iterator[str]:
+    """What a conversion did, line by line."""
+    config = conversion.config
+    head = "tied to the embedding" if config.tied_embeddings else "of its own"
+    yield (
+        f"{config.name}: {conversion.parameters:,} parameters, {config.num_layers} layers, head"
+        f" {head}, memory rule {config.memory.rule}."
+    )
+    if conversion.skipped:
+        vision = sum("vision" in name or "projector" in name for name in conversion.skipped)
+        what = "the vision tower" if vision else "derived tensors"
+        yield f"skipped {what}: {len(conversion.skipped)} tensors ({conversion.skipped[0]}, ...)."
+    yield from (f"note: {notice}" for notice in conversion.notices)
+    if (found := conversion.verification) is not None:
+        yield (
+            f"verified against Hugging Face transformers over {found.tokens} tokens: maximum KL"
+            f" {found.max_kl:.2g} nats, top-5 agreement {found.top5_agreement:.1%}."
+        )
+    yield f"written to {dest}."
