@@ -17,7 +17,7 @@ from gemma_jax.config import Rope
 from gemma_jax.model.state import Span
 
 Heads = Float[Array, "B T H C"]
-KVHeads = Float[Array, "B T K C"]
+KVHeads = Float[Array, "B J K C"]
 MASKED = -1e30
 CUDNN_KEY_MULTIPLE = 64
 
@@ -93,12 +93,12 @@ def local_attention(
         history: P.
         window: W of a sliding layer, None elsewhere.
     """
-    cosine, sine = rope_table(rope, q.shape[-1], keys.shape[1] + 1)
+    cosine, sine = map(jnp.asarray, rope_table(rope, q.shape[-1], keys.shape[1] + 1))
     keys = rotate(keys, cosine[1:], sine[1:])
     positions = jnp.arange(span.slots) + history + 1
     if not span.whole_segments:
         positions = jnp.minimum(positions + span.fill[:, None], keys.shape[1])
-    q = rotate(q, jnp.asarray(cosine)[positions], jnp.asarray(sine)[positions])
+    q = rotate(q, cosine[positions], sine[positions])
 
     if span.whole_segments:
         length = history + span.segment_length
@@ -140,7 +140,7 @@ def _windows(stream: Float[Array, "B L K C"], starts: list[int], length: int) ->
 
 def _window_mask(
     span: Span, starts: Array, length: int, history: int, window: int | None
-) -> Bool[Array, "B*N T J"]:
+) -> Bool[Array, "BN T J"]:
     """Which keys of its window a query sees: those before it, not too far, and not before the text."""
     key = jnp.arange(length)
     query = history + jnp.arange(min(span.slots, span.segment_length))

@@ -24,7 +24,7 @@ from gemma_jax.model import memory as memory_lib
 HISTORY_MULTIPLE = 64  # a sliding layer's history is rounded up to it: kernels like even sizes
 
 
-def _axes(*names: str, **kwargs: Any) -> Any:
+def _axes(*names: str | None, **kwargs: Any) -> Any:
     """A field whose logical axes are `names`."""
     return struct.field(metadata={"axes": names}, **kwargs)
 
@@ -33,8 +33,8 @@ def _axes(*names: str, **kwargs: Any) -> Any:
 class LayerState:
     """What one layer carries. Keys are kept as they are before rotary embedding."""
 
-    keys: Float[Array, "B P+S K C"] = _axes("batch", "window", "kv_heads", "head_dim")
-    values: Float[Array, "B P+S K C"] = _axes("batch", "window", "kv_heads", "head_dim")
+    keys: Float[Array, "B window K C"] = _axes("batch", "window", "kv_heads", "head_dim")
+    values: Float[Array, "B window K C"] = _axes("batch", "window", "kv_heads", "head_dim")
     sink_key: Float[Array, "B 1 K C"] | None = _axes("batch", None, "kv_heads", "head_dim")
     sink_value: Float[Array, "B 1 K C"] | None = _axes("batch", None, "kv_heads", "head_dim")
     features: dict[str, Array] = _axes("batch", "window")  # the rule's own, per token until written

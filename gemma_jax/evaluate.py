@@ -1,0 +1,188 @@
+"""What a model makes of a text: `python -m gemma_jax.evaluate --model M --text book.txt`.
+
+Perplexity by position, with local attention in the forms and lengths that are asked for, beside
+Hugging Face transformers with full attention. All compute in float32 unless told otherwise.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_jax.errors import InputError
+
+PIECE_TOKENS = 8192  # read at once
+LOGITS_TOKENS = 256  # turned into logits at once
+BIN_TOKENS = 5000  # of a row of the output
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    options = parse(arguments)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from gemma_jax.inference.console import run_command
+
+    return run_command(lambda: evaluate(options), debug=options.debug)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Prints one record per setting: mean NLL in nats, over all tokens and by position."""
+    from gemma_jax.checkpoint import store
+
+    model = store.load(options.model, memory=options.memory, dtype=options.dtype)
+    ids = read_ids(model, options.text, options.tokens)
+    peer = None
+    if options.peer:
+        peer = peer_nll(options.peer, ids)
+        _print({"model": "transformers, full attention"}, peer, peer, options.json)
+    for form in options.local_attention:
+        for length in options.segment_length:
+            for sink in (True, False) if options.without_sink else (True,):
+                config = model.config.with_memory(
+                    local_attention=form, segment_length=length, sink=sink
+                )
+                setting = {
+                    "model": config.name,
+                    "memory": config.memory.rule,
+                    "local_attention": form,
+                    "segment_length": length,
+                    "sink": sink,
+                }
+                nll = token_nll(dataclasses.replace(model, config=config), ids)
+                _print(setting, nll, peer, options.json)
+
+
+def read_ids(model: Any, file: str, tokens: int | None) -> np.ndarray:
+    """BOS and the first `tokens - 1` ids of a text file (all of them by default).
+
+    Raises:
+        InputError: the file cannot be read, or is too short.
+    """
+    from gemma_jax.inference.documents import Documents
+    from gemma_jax.text import encode_prompt
+
+    ids: list[int] = []
+    for some in encode_prompt(model.tokenizer, Documents([file]), bos_id=model.config.bos_id):
+        ids += some
+        if tokens and len(ids) >= tokens:
+            break
+    if len(ids) < (tokens or 2):
+        raise InputError(f"{file} has only {len(ids)} tokens: choose a longer text, or --tokens.")
+    return np.array(ids[:tokens], np.int32)
+
+
+def token_nll(model: Any, ids: np.ndarray) -> np.ndarray:
+    """-log p of each id after the first, given all before it [len(ids) - 1], in nats."""
+    import jax
+    import jax.numpy as jnp
+
+    from gemma_jax.model.scan import forward, logits
+    from gemma_jax.model.state import init_state
+
+    config = model.config
+
+    @jax.jit
+    def nll(params: Any, hidden: Any, targets: Any) -> Any:
+        def of_some(some: Any) -> Any:
+            hidden, targets = some
+            found = jax.nn.log_softmax(logits(params, hidden, config=config))
+            return -jnp.take_along_axis(found, targets[:, None], axis=1)[:, 0]
+
+        parts = (hidden.reshape(-1, LOGITS_TOKENS, hidden.shape[-1]), targets.reshape(-1, LOGITS_TOKENS))
+        return jax.lax.map(of_some, parts).reshape(-1)
+
+    state, found = init_state(config), []
+    with jax.default_matmul_precision("highest" if config.dtype == "float32" else "default"):
+        for start in range(0, len(ids) - 1, PIECE_TOKENS):
+            piece, targets = np.zeros((2, PIECE_TOKENS), np.int32)
+            count = min(PIECE_TOKENS, len(ids) - 1 - start)
+            piece[:count], targets[:count] = (ids[start + i : start + i + count] for i in (0, 1))
+            lengths = np.array([count], np.int32)
+            hidden, state = forward(model.params, piece[None], state, config=config, lengths=lengths)
+            found.append(np.asarray(nll(model.params, hidden[0], targets))[:count])
+    return np.concatenate(found)
+
+
+def peer_nll(directory: str, ids: np.ndarray) -> np.ndarray:
+    """The same of Hugging Face transformers with full attention, in float32."""
+    from gemma_jax.checkpoint.source import require_torch
+
+    torch = require_torch("--peer runs Hugging Face transformers")
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+    ).to(device)
+    tokens = torch.from_numpy(ids).long().to(device)
+    found = []
+    with torch.no_grad():
+        hidden = peer.model(tokens[None, :-1], use_cache=False).last_hidden_state[0]
+        for part, targets in zip(
+            hidden.split(LOGITS_TOKENS), tokens[1:].split(LOGITS_TOKENS), strict=True
+        ):
+            scores = peer.lm_head(part)
+            if cap := getattr(peer.config, "final_logit_softcapping", None):
+                scores = cap * torch.tanh(scores / cap)
+            found.append(torch.nn.functional.cross_entropy(scores, targets, reduction="none").cpu())
+    return torch.cat(found).numpy()
+
+
+def _print(
+    setting: dict[str, Any], nll: np.ndarray, peer: np.ndarray | None, as_json: bool
+) -> None:
+    nll = nll.astype(np.float64)
+    record = setting | {
+        "tokens": len(nll) + 1,
+        "nll": nll.mean(),
+        "over_peer": None if peer is None else nll.mean() - peer.astype(np.float64).mean(),
+        "nll_by_position": [
+            nll[start : start + BIN_TOKENS].mean() for start in range(0, len(nll), BIN_TOKENS)
+        ],
+    }
+    if as_json:
+        print(json.dumps(record), flush=True)
+        return
+    name = " ".join(str(value) for key, value in setting.items() if key != "sink")
+    name += "" if setting.get("sink", True) else " without sink"
+    over = "" if peer is None else f"  {record['over_peer']:+.4f} over full attention"
+    bins = " ".join(f"{value:.2f}" for value in record["nll_by_position"])
+    print(f"{name}: {record['nll']:.4f} nats{over}  [{bins}]", flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gemma_jax.evaluate",
+        description="Mean negative log-likelihood of a text's tokens, in nats.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", metavar="DIR", required=True, help="a checkpoint")
+    parser.add_argument("--text", metavar="FILE", required=True, help="what is read")
+    parser.add_argument("--tokens", metavar="N", type=int, help="of it, at most (default: all)")
+    parser.add_argument("--memory", metavar="RULE", help="a rule other than the recorded one")
+    parser.add_argument(
+        "--local-attention",
+        nargs="+",
+        choices=("transformer_xl", "segment"),
+        default=["transformer_xl"],
+    )
+    parser.add_argument("--segment-length", metavar="S", nargs="+", type=int, default=[1024])
+    parser.add_argument("--without-sink", action="store_true", help="also without the sink")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
+    parser.add_argument(
+        "--peer", metavar="HF_DIR", help="compare with transformers, full attention (needs torch)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

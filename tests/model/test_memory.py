@@ -1,0 +1,203 @@
+"""Memory rules by themselves: hard inputs against a float64 loop, masks, and a rule from a file."""
+
+import dataclasses
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import RULES, all_logits, make_memory, random_params, random_tokens, tiny_config
+
+import gemma_jax
+from gemma_jax.errors import UsageError
+from gemma_jax.model.memory import MemoryRule, delta_rule, make_rule, write_segment
+
+LONG = 200  # more than three blocks of the chunked delta rule
+
+
+def keys_and_gates(kind, rng, kv_heads=2, dim=8):
+    key = rng.normal(size=(LONG, kv_heads, dim))
+    gate = rng.uniform(size=(LONG, kv_heads))
+    if kind == "equal keys":
+        key[:] = key[0]
+    elif kind == "nearly equal keys, gate 1":
+        key, gate = key[:1] + 1e-4 * key, np.ones_like(gate)
+    elif kind == "gates 0 and 1":
+        gate = np.round(gate)
+    elif kind == "gate 0":
+        gate = np.zeros_like(gate)
+    elif kind == "repeated filler":
+        key, gate = np.tile(key[:10], (LONG // 10, 1, 1)), np.ones_like(gate)
+    return key, gate
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["random", "equal keys", "nearly equal keys, gate 1", "gates 0 and 1", "gate 0", "repeated filler"],
+)
+def test_the_chunked_delta_rule_equals_the_loop(kind):
+    rng = np.random.default_rng(0)
+    config = tiny_config(rule="gated_delta")
+    key, gate = keys_and_gates(kind, rng)
+    value = rng.normal(size=key.shape)
+    loop = make_memory(config, {})
+    loop.arrays["M"][:] = start = rng.normal(size=loop.arrays["M"].shape)
+    loop.write_gated(key, value, gate)
+
+    unit = key / np.linalg.norm(key, axis=-1, keepdims=True)
+    batch = (jnp.asarray(x[None], jnp.float32) for x in (start, unit, value, gate))
+    found = np.asarray(delta_rule(*batch)[0])
+    np.testing.assert_allclose(found, loop.arrays["M"], rtol=0, atol=2e-5 * np.abs(found).max())
+    assert (kind == "gate 0") == np.array_equal(found, start.astype(np.float32))
+
+
+@pytest.mark.parametrize("rule", RULES[1:])
+def test_what_is_masked_leaves_no_trace(rule):
+    config = tiny_config(rule=rule)
+    made, rng = make_rule(config), np.random.default_rng(1)
+    length, heads = config.memory.segment_length, (config.num_kv_heads, config.head_dim)
+    tokens = {
+        "key": jnp.asarray(rng.normal(size=(3, length, *heads)), jnp.float32),
+        "value": jnp.asarray(rng.normal(size=(3, length, *heads)), jnp.float32),
+        "write": jnp.asarray(rng.uniform(size=(3, length, heads[0])), jnp.float32),
+    }
+    before = jax.tree.map(lambda leaf: leaf + 0.5, made.init(3))
+    present = jnp.array([True, False, True])
+    after = write_segment(made, before, tokens, present, length)
+    for name in before:
+        np.testing.assert_array_equal(after[name][1], before[name][1])
+        assert (np.asarray(after[name][0]) != np.asarray(before[name][0])).any()
+    # Rows do not know of each other.
+    alone = write_segment(
+        made,
+        jax.tree.map(lambda leaf: leaf[2:], before),
+        jax.tree.map(lambda leaf: leaf[2:], tokens),
+        present[2:],
+        length,
+    )
+    for name in before:
+        np.testing.assert_allclose(after[name][2:], alone[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_an_empty_memory_reads_zero_and_has_a_gradient(rule):
+    made = make_rule(tiny_config(rule=rule))
+    q = jnp.ones((1, 2, 4, 8))
+    p = {"gate": jnp.zeros(4)}
+    np.testing.assert_allclose(made.read(p, made.init(1), q, 3.0 * q), 1.5 * q)
+    gradient = jax.grad(lambda q: made.read(p, made.init(1), q, q).sum())(q)
+    assert np.isfinite(gradient).all()
+
+
+def test_a_normaliser_keeps_growing():
+    """In bfloat16 it would stand still after 256 equal additions."""
+    made = make_rule(tiny_config(rule="linear", dtype="bfloat16"))
+    memory, one = made.init(1), jnp.ones((1, 8, 2, 8), jnp.bfloat16)
+    write = jax.jit(lambda memory: made.write(memory, {"key": one, "value": one}, jnp.ones((1, 8), bool)))
+    for _ in range(100):
+        memory = write(memory)
+    np.testing.assert_allclose(memory["z"], 2.0 * 800)
+
+
+def test_the_hard_gate_closes_exactly_and_can_open_again():
+    made = make_rule(tiny_config(rule="gated_delta"))
+    x = jnp.ones((1, 1, 20))
+    q = k = jnp.ones((1, 1, 2, 8))
+
+    def gate(bias):
+        p = {"write_kernel": jnp.zeros((20, 2)), "write_bias": jnp.full(2, bias)}
+        return made.features(p, x, q, k, k)["write"][0, 0, 0]
+
+    assert [float(gate(bias)) for bias in (-9.0, -2.0, 0.0, 2.0, 9.0)] == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert float(jax.grad(gate)(-3.0)) > 0 and float(jax.grad(gate)(3.0)) > 0
+
+
+@pytest.mark.parametrize("rule", RULES[1:])
+def test_inspect_tells_gates_and_written_share(rule):
+    config = tiny_config(rule=rule)
+    params, tokens = random_params(config), random_tokens(config, 2, 40)
+    _, state = gemma_jax.prefill(params, tokens, gemma_jax.init_state(config, 2), config=config)
+    found = gemma_jax.inspect(params, state, config=config)
+    assert list(found) == [0, 2]  # the sliding layer has no memory
+    gate = np.asarray(params["layers_2"]["attention"]["memory"]["gate"], np.float64)
+    expected = gate if rule == "gated_delta" else 1 / (1 + np.exp(-gate))
+    np.testing.assert_allclose(found[2]["read"], expected, rtol=1e-6)
+    np.testing.assert_array_equal(found[0]["M"], state.layers[0].memory["M"])
+    if rule == "gated_delta":
+        share = np.asarray(found[0]["written_share"])
+        assert share.shape == (2, 2) and (share > 0).all() and (share < 1).all()
+        np.testing.assert_array_equal(found[0]["offered"], np.full((2, 2), 32.0))
+
+
+OWN_RULE = """
+    import jax.numpy as jnp
+    from gemma_jax import MemoryRule, Parameter
+
+
+    class Mean(MemoryRule):
+        '''Remembers the mean value.'''
+
+        def params(self):
+            return {"gate": Parameter((self.config.num_heads,), ("heads",))}
+
+        def init(self, batch_size):
+            return {"total": self.zeros(batch_size, self.config.head_dim), "count": self.zeros(batch_size)}
+
+        def read(self, p, memory, q, attended):
+            mean = memory["total"] / jnp.maximum(memory["count"], 1.0)[..., None]
+            found = jnp.repeat(mean, attended.shape[2] // mean.shape[1], axis=1)[:, None]
+            return attended + (p["gate"][:, None] * found).astype(attended.dtype)
+
+        def write(self, memory, features, mask):
+            value = features["value"].astype(jnp.float32) * mask[..., None, None]
+            return {
+                "total": memory["total"] + value.sum(1),
+                "count": memory["count"] + mask.sum(1, dtype=jnp.float32)[:, None],
+            }
+"""
+
+
+def test_a_rule_from_a_file_of_ones_own(tmp_path):
+    file = tmp_path / "mean.py"
+    file.write_text(textwrap.dedent(OWN_RULE))
+    config = tiny_config(rule=f"{file}:Mean")
+    params, tokens = random_params(config), random_tokens(config, 1, 40)
+    state = gemma_jax.init_state(config)
+    _, state = gemma_jax.prefill(params, tokens, state, config=config)
+    np.testing.assert_array_equal(state.layers[0].memory["count"], np.full((1, 2), 24.0 + 8.0))
+    changed = dataclasses.replace(config, memory=dataclasses.replace(config.memory, rule="off"))
+    with_rule, without = all_logits(params, tokens, config), all_logits(params, tokens, changed)
+    np.testing.assert_array_equal(with_rule[:, :16], without[:, :16])
+    assert np.abs(with_rule[:, 16:] - without[:, 16:]).max() > 1e-3
+    # What left sight before a segment, however the text was cut.
+    split = gemma_jax.init_state(config)
+    for piece in np.split(tokens, [3, 19, 20], axis=1):
+        _, split = gemma_jax.prefill(params, piece, split, config=config)
+    np.testing.assert_allclose(
+        split.layers[0].memory["total"], state.layers[0].memory["total"], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("lineer", "no memory rule 'lineer'"),
+        ("/nowhere/rule.py:Rule", "does not exist"),
+        ("{file}:Missing", "cannot be loaded"),
+        ("{file}:Other", "derive it from"),
+        ("{broken}:Rule", "cannot be loaded"),
+    ],
+)
+def test_a_rule_that_cannot_be_used_is_named(tmp_path, name, sentence):
+    (tmp_path / "rule.py").write_text("class Other: pass\n")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    name = name.format(file=tmp_path / "rule.py", broken=tmp_path / "broken.py")
+    with pytest.raises(UsageError, match=sentence):
+        make_rule(tiny_config(rule=name))
+
+
+def test_rules_are_documented():
+    for name in RULES:
+        kind = type(make_rule(tiny_config(rule=name)))
+        assert issubclass(kind, MemoryRule) and kind.__doc__
