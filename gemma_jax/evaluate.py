@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,7 +93,10 @@ def token_nll(model: Any, ids: np.ndarray) -> np.ndarray:
             found = jax.nn.log_softmax(logits(params, hidden, config=config))
             return -jnp.take_along_axis(found, targets[:, None], axis=1)[:, 0]
 
-        parts = (hidden.reshape(-1, LOGITS_TOKENS, hidden.shape[-1]), targets.reshape(-1, LOGITS_TOKENS))
+        parts = (
+            hidden.reshape(-1, LOGITS_TOKENS, hidden.shape[-1]),
+            targets.reshape(-1, LOGITS_TOKENS),
+        )
         return jax.lax.map(of_some, parts).reshape(-1)
 
     state, found = init_state(config), []
@@ -104,7 +106,9 @@ def token_nll(model: Any, ids: np.ndarray) -> np.ndarray:
             count = min(PIECE_TOKENS, len(ids) - 1 - start)
             piece[:count], targets[:count] = (ids[start + i : start + i + count] for i in (0, 1))
             lengths = np.array([count], np.int32)
-            hidden, state = forward(model.params, piece[None], state, config=config, lengths=lengths)
+            hidden, state = forward(
+                model.params, piece[None], state, config=config, lengths=lengths
+            )
             found.append(np.asarray(nll(model.params, hidden[0], targets))[:count])
     return np.concatenate(found)
 

@@ -140,7 +140,9 @@ class NumpyGemma:
                 for t in segment:
                     out[t] = memory.read(q[t], out[t])
         if memory:
-            leaves = (len(x) // length - sight) * length  # that the last complete segment pushed out
+            leaves = (
+                len(x) // length - sight
+            ) * length  # that the last complete segment pushed out
             if leaves >= 0 and leaves + length > memory.tokens:
                 old = slice(leaves, leaves + length)
                 memory.write(x[old], k[old], v[old])

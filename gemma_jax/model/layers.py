@@ -11,7 +11,12 @@ INIT = nn.initializers.normal(0.02)
 
 
 def declare(
-    module: nn.Module, name: str, axes: tuple[str, ...], shape: tuple[int, ...], dtype, init: Callable = INIT
+    module: nn.Module,
+    name: str,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype,
+    init: Callable = INIT,
 ) -> Array:
     """A parameter of `module` with the logical names of its axes, declared in one place."""
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype))
@@ -26,7 +31,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        scale = declare(self, "scale", (self.axis,), x.shape[-1:], self.dtype, nn.initializers.zeros)
+        scale = declare(
+            self, "scale", (self.axis,), x.shape[-1:], self.dtype, nn.initializers.zeros
+        )
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return (x32 * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
@@ -48,7 +55,9 @@ class Embedder(nn.Module):
 
     def encode(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = self.embedding[tokens].astype(self.dtype)
-        return x * jnp.sqrt(jnp.float32(self.width)).astype(self.dtype)  # rounded as the reference does
+        return x * jnp.sqrt(jnp.float32(self.width)).astype(
+            self.dtype
+        )  # rounded as the reference does
 
     def decode(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         head = self.embedding if self.tied else self.head

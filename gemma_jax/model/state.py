@@ -158,7 +158,9 @@ def lay(buffer: Array, new: Array, span: Span) -> Array:
         new = jnp.pad(new, [(0, 0), (history, 0)] + [(0, 0)] * (buffer.ndim - 2))
         return old + new  # a slot is zero in at least one of them
     room = jnp.pad(buffer, [(0, 0), (0, span.slots - 1)] + [(0, 0)] * (buffer.ndim - 2))
-    insert = jax.vmap(lambda row, tokens, at: jax.lax.dynamic_update_slice_in_dim(row, tokens, at, 0))
+    insert = jax.vmap(
+        lambda row, tokens, at: jax.lax.dynamic_update_slice_in_dim(row, tokens, at, 0)
+    )
     return insert(room, new, history + span.fill)
 
 

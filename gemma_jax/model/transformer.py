@@ -229,9 +229,7 @@ def settle_layer(config: GemmaConfig, layer_type: str, state: LayerState, span: 
     )
 
 
-def advance(
-    config: GemmaConfig, state: State, layers: tuple[LayerState, ...], span: Span
-) -> State:
+def advance(config: GemmaConfig, state: State, layers: tuple[LayerState, ...], span: Span) -> State:
     """The State after a step whose layers left `layers`."""
 
     def settle_all(layers: tuple[LayerState, ...]) -> tuple[LayerState, ...]:
@@ -279,7 +277,9 @@ def init_memory_params(config: GemmaConfig, key: Array) -> Params:
     return {
         f"layers_{i}": {
             "attention": {
-                "memory": nn.meta.unbox(MemoryParams(rule).init(jax.random.fold_in(key, i)))["params"]
+                "memory": nn.meta.unbox(MemoryParams(rule).init(jax.random.fold_in(key, i)))[
+                    "params"
+                ]
             }
         }
         for i in layers
@@ -288,7 +288,9 @@ def init_memory_params(config: GemmaConfig, key: Array) -> Params:
 
 def _init_boxed(config: GemmaConfig, key: Array) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(config).init(key, tokens, init_state(config), method="logits_of_all")["params"]
+    return Transformer(config).init(key, tokens, init_state(config), method="logits_of_all")[
+        "params"
+    ]
 
 
 def _eval_boxed(config: GemmaConfig) -> Params:

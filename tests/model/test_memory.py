@@ -1,13 +1,20 @@
 """Memory rules by themselves: hard inputs against a float64 loop, masks, and a rule from a file."""
 
-import dataclasses
-import textwrap
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import RULES, all_logits, make_memory, random_params, random_tokens, tiny_config
+from reference import (
+    RULES,
+    NumpyGemma,
+    all_logits,
+    make_memory,
+    random_params,
+    random_tokens,
+    tiny_config,
+)
 
 import gemma_jax
 from gemma_jax.errors import UsageError
@@ -34,7 +41,14 @@ def keys_and_gates(kind, rng, kv_heads=2, dim=8):
 
 @pytest.mark.parametrize(
     "kind",
-    ["random", "equal keys", "nearly equal keys, gate 1", "gates 0 and 1", "gate 0", "repeated filler"],
+    [
+        "random",
+        "equal keys",
+        "nearly equal keys, gate 1",
+        "gates 0 and 1",
+        "gate 0",
+        "repeated filler",
+    ],
 )
 def test_the_chunked_delta_rule_equals_the_loop(kind):
     rng = np.random.default_rng(0)
@@ -94,7 +108,9 @@ def test_a_normaliser_keeps_growing():
     """In bfloat16 it would stand still after 256 equal additions."""
     made = make_rule(tiny_config(rule="linear", dtype="bfloat16"))
     memory, one = made.init(1), jnp.ones((1, 8, 2, 8), jnp.bfloat16)
-    write = jax.jit(lambda memory: made.write(memory, {"key": one, "value": one}, jnp.ones((1, 8), bool)))
+    write = jax.jit(
+        lambda memory: made.write(memory, {"key": one, "value": one}, jnp.ones((1, 8), bool))
+    )
     for _ in range(100):
         memory = write(memory)
     np.testing.assert_allclose(memory["z"], 2.0 * 800)
@@ -130,53 +146,37 @@ def test_inspect_tells_gates_and_written_share(rule):
         np.testing.assert_array_equal(found[0]["offered"], np.full((2, 2), 32.0))
 
 
-OWN_RULE = """
-    import jax.numpy as jnp
-    from gemma_jax import MemoryRule, Parameter
-
-
-    class Mean(MemoryRule):
-        '''Remembers the mean value.'''
-
-        def params(self):
-            return {"gate": Parameter((self.config.num_heads,), ("heads",))}
-
-        def init(self, batch_size):
-            return {"total": self.zeros(batch_size, self.config.head_dim), "count": self.zeros(batch_size)}
-
-        def read(self, p, memory, q, attended):
-            mean = memory["total"] / jnp.maximum(memory["count"], 1.0)[..., None]
-            found = jnp.repeat(mean, attended.shape[2] // mean.shape[1], axis=1)[:, None]
-            return attended + (p["gate"][:, None] * found).astype(attended.dtype)
-
-        def write(self, memory, features, mask):
-            value = features["value"].astype(jnp.float32) * mask[..., None, None]
-            return {
-                "total": memory["total"] + value.sum(1),
-                "count": memory["count"] + mask.sum(1, dtype=jnp.float32)[:, None],
-            }
-"""
-
-
-def test_a_rule_from_a_file_of_ones_own(tmp_path):
-    file = tmp_path / "mean.py"
-    file.write_text(textwrap.dedent(OWN_RULE))
-    config = tiny_config(rule=f"{file}:Mean")
-    params, tokens = random_params(config), random_tokens(config, 1, 40)
+def test_the_documented_rule_of_ones_own(tmp_path):
+    page = pathlib.Path(__file__).parents[2] / "docs" / "memory_rules.md"
+    file = tmp_path / "fading.py"
+    file.write_text(page.read_text().split("```python\n")[1].split("```")[0])
+    config = tiny_config(rule=f"{file}:Fading", layer_types=("global",))
+    params, tokens = random_params(config), random_tokens(config, 1, 45)
     state = gemma_jax.init_state(config)
     _, state = gemma_jax.prefill(params, tokens, state, config=config)
-    np.testing.assert_array_equal(state.layers[0].memory["count"], np.full((1, 2), 24.0 + 8.0))
-    changed = dataclasses.replace(config, memory=dataclasses.replace(config.memory, rule="off"))
-    with_rule, without = all_logits(params, tokens, config), all_logits(params, tokens, changed)
-    np.testing.assert_array_equal(with_rule[:, :16], without[:, :16])
+
+    # The same token by token, for the 32 tokens that left sight.
+    numpy = NumpyGemma(params, config)
+    p = numpy.params["layers_0"]
+    x = numpy.params["embedder"]["embedding"][tokens[0]] * np.sqrt(config.width)
+    _, k, v = numpy.project(p["attention"], numpy.norm(p["pre_attention_norm"], x))
+    keep = 1 / (1 + np.exp(-4.0 - p["attention"]["memory"]["decay"]))
+    expected = np.zeros((config.num_kv_heads, config.head_dim, config.head_dim))
+    for t in range(32):
+        weights = np.exp(k[t]) / np.exp(k[t]).sum(-1, keepdims=True)
+        expected = expected * keep[:, None, None] + weights[:, :, None] * v[t][:, None, :]
+    np.testing.assert_allclose(state.layers[0].memory["M"][0], expected, rtol=1e-4, atol=1e-5)
+
+    # Memory is read from where the first segment left sight, and any split gives the same.
+    with_rule = all_logits(params, tokens, config)
+    without = all_logits(params, tokens, config.with_memory(rule="off"))
+    np.testing.assert_allclose(with_rule[:, :16], without[:, :16], rtol=0, atol=1e-5)
     assert np.abs(with_rule[:, 16:] - without[:, 16:]).max() > 1e-3
-    # What left sight before a segment, however the text was cut.
     split = gemma_jax.init_state(config)
     for piece in np.split(tokens, [3, 19, 20], axis=1):
         _, split = gemma_jax.prefill(params, piece, split, config=config)
-    np.testing.assert_allclose(
-        split.layers[0].memory["total"], state.layers[0].memory["total"], rtol=1e-5, atol=1e-5
-    )
+    found, once = split.layers[0].memory["M"], state.layers[0].memory["M"]
+    np.testing.assert_allclose(found, once, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -89,12 +89,12 @@ def test_gated_delta_starts_as_a_no_op_with_live_gradients():
     config = tiny_config(rule="gated_delta")
     params, tokens = gemma_jax.init_params(config, jax.random.key(0)), random_tokens(config, 1, 30)
     off = config.with_memory(rule="off")
-    np.testing.assert_array_equal(all_logits(params, tokens, config), all_logits(params, tokens, off))
+    np.testing.assert_array_equal(
+        all_logits(params, tokens, config), all_logits(params, tokens, off)
+    )
 
     def loss(params):
-        hidden, _ = gemma_jax.forward(
-            params, tokens, gemma_jax.init_state(config), config=config
-        )
+        hidden, _ = gemma_jax.forward(params, tokens, gemma_jax.init_state(config), config=config)
         return jnp.sum(gemma_jax.logits(params, hidden, config=config)[..., 0])
 
     gate = jax.grad(loss)(params)["layers_0"]["attention"]["memory"]["gate"]

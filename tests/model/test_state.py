@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import FORMS, RULES, NumpyGemma, all_logits, random_params, random_tokens, tiny_config
+from reference import (
+    FORMS,
+    RULES,
+    NumpyGemma,
+    all_logits,
+    random_params,
+    random_tokens,
+    tiny_config,
+)
 
 import gemma_jax
 from gemma_jax.model.state import state_bytes
@@ -177,7 +185,9 @@ def test_the_state_given_is_consumed():
 @pytest.mark.parametrize("rule", RULES)
 def test_fifty_thousand_tokens_are_read_whole(rule):
     """One token among the first 1,000 changes the end; memory equals the loop over all tokens."""
-    config = tiny_config(rule=rule, layer_types=("global",), segment_length=512, width=12, mlp_dim=8)
+    config = tiny_config(
+        rule=rule, layer_types=("global",), segment_length=512, width=12, mlp_dim=8
+    )
     params, tokens = random_params(config), random_tokens(config, 50_000)
     if rule == "gated_delta":  # a gate that often closes: what it wrote must last
         bias = params["layers_0"]["attention"]["memory"]["write_bias"]
