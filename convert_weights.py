@@ -84,7 +84,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is at DEST")
     parser.add_argument(
-        "--to-hf", action="store_true", help="SOURCE is a checkpoint; write a Hugging Face directory"
+        "--to-hf",
+        action="store_true",
+        help="SOURCE is a checkpoint; write a Hugging Face directory",
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)

@@ -1,7 +1,8 @@
 """What a model is: frozen, hashable configurations, so that `jax.jit` takes them as static arguments.
 
-`GemmaConfig.from_hf` reads the `config.json` of every published text model of the families Gemma 1, 2 and 3 (old and
-new spelling, omitted fields) through the configuration classes of transformers. `PRESETS` holds the published shapes.
+`GemmaConfig.from_hf` reads the `config.json` of every published text model of the families Gemma 1, 2
+and 3 (old and new spelling, omitted fields) through the configuration classes of transformers.
+`PRESETS` holds the published shapes.
 """
 
 import dataclasses
@@ -30,15 +31,20 @@ class MemoryConfig:
     """What layers that are global in the original do with tokens that local attention no longer sees."""
 
     rule: str = "off"  # a name from gemma_jax.model.memory, or "path/to/file.py:ClassName"
-    local_attention: str = "transformer_xl"  # sees the previous segment and its own; "segment": only its own
+    local_attention: str = (
+        "transformer_xl"  # sees the previous segment and its own; "segment": only its own
+    )
     segment_length: int = 1024  # S, in tokens
     sink: bool = True  # the text's first token stays visible for ever
-    write_gate: str = "hard_sigmoid"  # of rule gated_delta: "hard_sigmoid" (reaches exactly 0) or "sigmoid"
+    write_gate: str = (
+        "hard_sigmoid"  # of rule gated_delta: "hard_sigmoid" (reaches exactly 0) or "sigmoid"
+    )
 
     def __post_init__(self):
         if self.local_attention not in LOCAL_ATTENTION_FORMS:
             raise UsageError(
-                f"local_attention is {self.local_attention!r}: choose one of {', '.join(LOCAL_ATTENTION_FORMS)}."
+                f"local_attention is {self.local_attention!r}: choose one of"
+                f" {', '.join(LOCAL_ATTENTION_FORMS)}."
             )
         if self.segment_length < 1:
             raise UsageError(f"segment_length is {self.segment_length}: it must be at least 1.")
@@ -88,7 +94,9 @@ class GemmaConfig:
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}: rotary embedding needs an even number.")
         if SLIDING in self.layer_types and not self.sliding_window:
-            raise InputError(f"sliding_window is {self.sliding_window}, but layer_types has sliding layers.")
+            raise InputError(
+                f"sliding_window is {self.sliding_window}, but layer_types has sliding layers."
+            )
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype is {self.dtype!r}: choose one of {', '.join(DTYPES)}.")
 
@@ -100,7 +108,7 @@ class GemmaConfig:
         return self.global_rope if layer_type == GLOBAL else self.sliding_rope
 
     def with_memory(self, **changes: Any) -> "GemmaConfig":
-        """The same model with other memory settings, e.g. `config.with_memory(rule="linear", segment_length=512)`."""
+        """The same model with other memory settings, e.g. `config.with_memory(rule="linear")`."""
         return dataclasses.replace(self, memory=dataclasses.replace(self.memory, **changes))
 
     def to_json(self) -> str:
@@ -111,13 +119,19 @@ class GemmaConfig:
         """Inverse of `to_json`. Raises `InputError` when a field is missing, unknown or of the wrong type."""
         try:
             fields = json.loads(text)
-            for key, kind in (("global_rope", Rope), ("sliding_rope", Rope), ("memory", MemoryConfig)):
+            for key, kind in (
+                ("global_rope", Rope),
+                ("sliding_rope", Rope),
+                ("memory", MemoryConfig),
+            ):
                 fields[key] = kind(**fields[key])
             for key in ("layer_types", "eos_ids"):
                 fields[key] = tuple(fields[key])
             return cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"config.json is not a gemma_jax configuration ({error}): convert the model again.") from error
+            raise InputError(
+                f"config.json is not a gemma_jax configuration ({error}): convert the model again."
+            ) from error
 
     @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, Any], **overrides: Any) -> "GemmaConfig":
@@ -167,9 +181,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: name a directory that holds a Hugging Face model.") from None
+        raise InputError(
+            f"{path} does not exist: name a directory that holds a Hugging Face model."
+        ) from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}): download the model again.") from error
+        raise InputError(
+            f"{path} cannot be read as JSON ({error}): download the model again."
+        ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object: download the model again.")
     return content
@@ -192,14 +210,18 @@ def _text_config(content: Mapping[str, Any]) -> Any:
         config = classes[model_type].from_dict(dict(content))
     except Exception as error:  # the classes validate with exceptions of several libraries
         reason = " ".join(str(error).split())
-        raise InputError(f"config.json is not a valid {model_type} configuration ({reason}).") from error
+        raise InputError(
+            f"config.json is not a valid {model_type} configuration ({reason})."
+        ) from error
     return config.text_config if model_type == "gemma3" else config
 
 
 def _refuse_unsupported(text: Any) -> None:
     activation = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)
     if activation != "gelu_pytorch_tanh":
-        raise InputError(f"hidden_activation is {activation!r}: only gelu_pytorch_tanh is supported.")
+        raise InputError(
+            f"hidden_activation is {activation!r}: only gelu_pytorch_tanh is supported."
+        )
     if text.attention_bias:
         raise InputError("attention_bias is true: only attention without bias is supported.")
     if getattr(text, "use_bidirectional_attention", None):
@@ -212,7 +234,9 @@ def _layer_types(text: Any) -> tuple[str, ...]:
     if unknown := sorted(set(types) - set(names)):
         raise InputError(f"layer_types has {', '.join(unknown)}: supported are {', '.join(names)}.")
     if len(types) != text.num_hidden_layers:
-        raise InputError(f"layer_types has {len(types)} entries, num_hidden_layers is {text.num_hidden_layers}.")
+        raise InputError(
+            f"layer_types has {len(types)} entries, num_hidden_layers is {text.num_hidden_layers}."
+        )
     return tuple(names[kind] for kind in types)
 
 
@@ -221,7 +245,9 @@ def _rope(text: Any, attention: str) -> Rope:
     parameters = parameters.get(attention, parameters)
     kind = parameters.get("rope_type", "default")
     if kind not in ("default", "linear"):
-        raise InputError(f"rope_parameters.rope_type is {kind!r}: supported are default and linear.")
+        raise InputError(
+            f"rope_parameters.rope_type is {kind!r}: supported are default and linear."
+        )
     factor = parameters.get("factor", 1.0) if kind == "linear" else 1.0
     return Rope(theta=float(parameters["rope_theta"]), factor=float(factor))
 
@@ -280,13 +306,33 @@ PRESETS: dict[str, GemmaConfig] = {
         _preset("gemma-7b", "gemma", 3072, 28, 16, 16, 24_576),
         _preset("gemma-2-2b", "gemma2", 2304, 26, 8, 4, 9216, window=4096),
         _preset("gemma-2-9b", "gemma2", 3584, 42, 16, 8, 14_336, window=4096),
-        _preset("gemma-2-27b", "gemma2", 4608, 46, 32, 16, 36_864, head_dim=128, window=4096, query_divisor=144),
+        _preset(
+            "gemma-2-27b",
+            "gemma2",
+            4608,
+            46,
+            32,
+            16,
+            36_864,
+            head_dim=128,
+            window=4096,
+            query_divisor=144,
+        ),
         _preset("gemma-3-270m", "gemma3_text", 640, 18, 4, 1, 2048, **_G3),
         _preset("gemma-3-1b", "gemma3_text", 1152, 26, 4, 1, 6912, **_G3),
         _preset("gemma-3-4b", "gemma3_text", 2560, 34, 8, 4, 10_240, **_G3_VISION),
         _preset("gemma-3-12b", "gemma3_text", 3840, 48, 16, 8, 15_360, **_G3_VISION),
         _preset(
-            "gemma-3-27b", "gemma3_text", 5376, 62, 32, 16, 21_504, head_dim=128, query_divisor=168, **_G3_VISION
+            "gemma-3-27b",
+            "gemma3_text",
+            5376,
+            62,
+            32,
+            16,
+            21_504,
+            head_dim=128,
+            query_divisor=168,
+            **_G3_VISION,
         ),
     )
 }

@@ -57,6 +57,9 @@ def load_tokenizer(directory: str | Path) -> Any:
         if source == "tokenizer.json"
         else transformers.GemmaTokenizer
     )
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it takes any large vocabulary without a model_type for Mistral's
     try:
         tokenizer = kind.from_pretrained(str(directory), local_files_only=True)
     except ImportError as error:
@@ -68,6 +71,8 @@ def load_tokenizer(directory: str | Path) -> Any:
         raise InputError(
             f"{directory / source} cannot be read ({reason}): download it again."
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     # tokenizer.model knows the marks of a turn as ordinary symbols: a text could then end a turn.
     vocabulary, control = tokenizer.get_vocab(), control_tokens(tokenizer)
     if missed := [mark for mark in _TURN_MARKS if mark in vocabulary and mark not in control]:

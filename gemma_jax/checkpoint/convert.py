@@ -128,7 +128,9 @@ def _canonical_names(weights: Weights) -> tuple[dict[str, str], tuple[str, ...]]
         if name is None:
             skipped.append(original)
         elif name in names:
-            raise InputError(f"{original} and {names[name]} are the same tensor: convert one model.")
+            raise InputError(
+                f"{original} and {names[name]} are the same tensor: convert one model."
+            )
         else:
             names[name] = original
     return names, tuple(skipped)

@@ -103,7 +103,9 @@ def load(
     if segment_length is not None:
         config = config.with_memory(segment_length=segment_length)
     check(path, hashes=verify)
-    params = load_params(path / PARAMS, abstract_params(dataclasses.replace(recorded, dtype=config.dtype)))
+    params = load_params(
+        path / PARAMS, abstract_params(dataclasses.replace(recorded, dtype=config.dtype))
+    )
     if config.memory.rule != recorded.memory.rule:
         _replace_memory(params, init_memory_params(config, jax.random.key(0)))
     return Model(config, params, load_tokenizer(path), path)

@@ -79,10 +79,13 @@ class Console:
 
 def describe(progress: Progress) -> str:
     """Progress as a phrase: `reading 4096 of about 290000 tokens, 7100 tokens/s, 40 s left`."""
-    total = "" if progress.total_tokens is None else f" of about {progress.total_tokens}"
-    left = "" if progress.seconds_left is None else f", {duration(progress.seconds_left)} left"
+    rate, left = progress.tokens_per_second, progress.seconds_left
     return (
-        f"reading {progress.tokens}{total} tokens, {progress.tokens_per_second:.0f} tokens/s{left}"
+        f"reading {progress.tokens}"
+        + ("" if progress.total_tokens is None else f" of about {progress.total_tokens}")
+        + " tokens"
+        + ("" if rate is None else f", {rate:.0f} tokens/s")
+        + ("" if left is None else f", {duration(left)} left")
     )
 
 

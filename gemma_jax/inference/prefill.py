@@ -14,9 +14,7 @@ from gemma_jax.model.transformer import Params
 default_chunk_tokens = default_step_tokens
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "chunk_tokens"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("config", "chunk_tokens"), donate_argnames=("state",))
 def prefill(
     params: Params,
     tokens: Int[Array, "B T"],

@@ -10,10 +10,8 @@ class Progress:
     """How far the model has read."""
 
     tokens: int  # read, and finished by the device
-    total_tokens: (
-        int | None
-    )  # of the whole text; an estimate until everything is tokenised; None: not known
-    tokens_per_second: float
+    total_tokens: int | None  # an estimate until everything is tokenised; None: not known
+    tokens_per_second: float | None  # None: not known, as all of the time may be compilation
     seconds_left: float | None
 
 
@@ -35,10 +33,16 @@ class Rate:
         """None before anything was done."""
         if self._first is None:
             return None
+        seconds = self._last[1] - self._start
+        return self.steady or (self._last[0] / seconds if seconds > 0 else None)
+
+    @property
+    def steady(self) -> float | None:
+        """The same without the first step; None before there is a second."""
+        if self._first is None:
+            return None
         tokens, seconds = self._last[0] - self._first[0], self._last[1] - self._first[1]
-        if tokens <= 0 or seconds <= 0:
-            tokens, seconds = self._last[0], self._last[1] - self._start
-        return tokens / seconds if seconds > 0 else None
+        return tokens / seconds if tokens > 0 and seconds > 0 else None
 
 
 class Tokenized:
@@ -60,10 +64,9 @@ class Tokenized:
 
     def progress(self, done: int, rate: Rate) -> Progress:
         """Where a model stands that has read `done` tokens."""
-        per_second = rate.per_second or 0.0
+        per_second = rate.steady
         if not self._share:
             return Progress(done, None, per_second, None)
         total = max(done, round(self._tokens / self._share))
-        return Progress(
-            done, total, per_second, (total - done) / per_second if per_second else None
-        )
+        left = (total - done) / per_second if per_second else None
+        return Progress(done, total, per_second, left)

@@ -145,7 +145,9 @@ def test_the_whole_is_estimated_from_the_share_that_is_tokenised():
     rate = Rate()
     rate.update(10)
     assert tokenized.progress(10, rate).total_tokens == 120
-    assert tokenized.progress(10, rate).seconds_left > 0
+    assert tokenized.progress(10, rate).seconds_left is None  # the first step includes compilation
+    rate.update(20)
+    assert tokenized.progress(20, rate).seconds_left > 0
     list(groups)
     assert tokenized.progress(40, rate).total_tokens == 40
 
