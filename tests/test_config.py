@@ -121,9 +121,7 @@ def test_names_and_shapes_are_those_of_transformers(name):
         ("gemma-3-27b", 168**-0.5, Rope(1e6, 8.0), Rope(10_000.0), 1024, range(5, 62, 6)),
     ],
 )
-def test_what_the_tensors_do_not_show(
-    name, query_scale, rope, sliding_rope, window, global_layers
-):
+def test_what_the_tensors_do_not_show(name, query_scale, rope, sliding_rope, window, global_layers):
     config = PRESETS[name]
     assert config.query_scale == pytest.approx(query_scale)
     assert config.rope("global") == rope and config.sliding_window == window
