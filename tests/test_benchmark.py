@@ -1,0 +1,41 @@
+"""The benchmark counts what was done, and writes records that can be rerun."""
+
+import json
+
+import pytest
+
+from gemma_jax import PRESETS, benchmark, demo
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from gemma_jax.checkpoint.convert import convert
+
+    directory = tmp_path_factory.mktemp("benchmark")
+    source = demo.write_hugging_face(directory / "source")
+    convert(source, directory / "model", dtype="float32")
+    return directory / "model"
+
+
+@pytest.mark.parametrize("what", ["prefill", "decode"])
+def test_records(checkpoint, tmp_path, capsys, what):
+    file = tmp_path / "records.json"
+    arguments = [what, "--model", checkpoint, "--tokens", "700", "--chunk-tokens", "256"]
+    arguments += ["--memory", "linear", "--segment-length", "128", "--new-tokens", "4"]
+    for _ in range(2):
+        assert benchmark.main([*map(str, arguments), "--output", str(file)]) == 0
+    name = "prefill_700_tokens_per_second" if what == "prefill" else "decode_b1_tokens_per_second"
+    records = [record for record in json.loads(file.read_text()) if record["name"] == name]
+    (record,) = records  # the second run replaced the first
+    assert record["value"] > 0 and len(record["repeats"]) == 3
+    assert min(record["repeats"]) <= record["value"] <= max(record["repeats"])
+    assert name in capsys.readouterr().out
+
+
+def test_dense_work_of_a_token():
+    assert benchmark.dense_flops(PRESETS["gemma-2b"]) == pytest.approx(3.96e9, rel=0.01)
+
+
+@pytest.mark.parametrize("text, number", [("10M", 10_000_000), ("8K", 8192), ("700", 700)])
+def test_counts(text, number):
+    assert benchmark.count(text) == number
