@@ -23,6 +23,7 @@ from gemma_jax.text import load_tokenizer
 
 ORIGINAL_FILES = ("config.json", "generation_config.json")
 SHARD_BYTES = 2 * 10**9  # of a Hugging Face directory that is written
+TOKENIZER_BYTES = 2**26  # room for it on the disk
 NEVER_READ = -20.0  # a gate below it gives memory a weight of less than 1e-8
 
 OnProgress = Callable[[int, int], None]  # parameters done, of how many
@@ -78,9 +79,12 @@ def convert(
         raise UsageError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
     if verify:
         require_reference()
+    store.require_place(dest, overwrite=overwrite, marker=store.MANIFEST)
     directory = resolve(source, revision)
-    name = directory.name if Path(source).expanduser().is_dir() else str(source).split("/")[-1]
+    local = Path(source).expanduser().is_dir()
+    name = directory.resolve().name if local else str(source).split("/")[-1]
     config = read_config(directory, dtype=dtype, name=name)
+    load_tokenizer(directory)  # what is wrong with it is known before any work
     weights = Weights(directory)
     names, skipped = _canonical_names(weights)
     config = _complete(config, weights, names)
@@ -91,14 +95,12 @@ def convert(
         entries, {name: shape for name, shape in shapes.items() if name not in tied_head}
     )
     total = sum(entry.size for entry in entries)
-    with store.new_directory(dest, overwrite=overwrite, marker=store.MANIFEST) as content:
-        # Compressing makes it smaller; the last part is room for the tokenizer.
-        store.require_space(dest, total * _numpy_dtype(config.dtype).itemsize + 2**26)
+    store.require_space(dest, total * _numpy_dtype(config.dtype).itemsize + TOKENIZER_BYTES)
+    with store.new_directory(dest) as content:
         gates = write_params(
             content / store.PARAMS, entries, config, weights, names, on_progress, total
         )
         _copy(directory, content, TOKENIZER_FILES)
-        load_tokenizer(content)  # now, rather than when the model is used
         (content / store.CONFIG).write_text(config.to_json(), encoding="utf-8")
         (content / store.ORIGINAL).mkdir()
         _copy(directory, content / store.ORIGINAL, ORIGINAL_FILES)
@@ -231,13 +233,14 @@ def to_huggingface(
         UsageError: `dest` exists.
     """
     source, dest = Path(source).expanduser(), Path(dest).expanduser()
+    store.require_place(dest, overwrite=overwrite, marker=ORIGINAL_FILES[0])
     config = store.read_config(source)
     store.check(source)
     entries = huggingface.table(config)
     total = sum(entry.size for entry in entries)
     dtype = dtype or config.dtype
-    with store.new_directory(dest, overwrite=overwrite, marker=ORIGINAL_FILES[0]) as content:
-        store.require_space(dest, total * _numpy_dtype(dtype).itemsize + 2**26)
+    store.require_space(dest, total * _numpy_dtype(dtype).itemsize + TOKENIZER_BYTES)
+    with store.new_directory(dest) as content:
         _write_shards(content, _tensors(source, entries, dtype, on_progress, total))
         _copy(source, content, TOKENIZER_FILES)
         _copy(source / store.ORIGINAL, content, ORIGINAL_FILES)

@@ -139,10 +139,6 @@ def canonical(name: str) -> str | None:
     return name
 
 
-def is_vision(name: str) -> bool:
-    return name.startswith(_VISION_PREFIXES)
-
-
 def check(entries: Iterable[Entry], shapes: Mapping[str, Shape]) -> None:
     """Compares the table with the tensors that are there, by canonical name.
 

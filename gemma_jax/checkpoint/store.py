@@ -206,24 +206,26 @@ def _directory(path: str | Path) -> Path:
 # --- writing --------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def new_directory(path: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
-    """A temporary directory that becomes `path` when the block ends well, and vanishes otherwise.
+def require_place(path: Path, *, overwrite: bool, marker: str) -> None:
+    """Raises `UsageError` when something is at `path` that may not be replaced.
 
     Args:
         overwrite: whether what is at `path` may be replaced.
         marker: a file that what is replaced must hold, so that nothing else is lost.
-
-    Raises:
-        UsageError: `path` exists and may not be replaced.
     """
-    if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
-        if not overwrite:
-            raise UsageError(f"{path} exists: choose another name, or replace it with --overwrite.")
-        if not (path / marker).is_file():
-            raise UsageError(
-                f"{path} exists and holds no {marker}, so it is not replaced: choose another name."
-            )
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise UsageError(f"{path} exists: choose another name, or replace it with --overwrite.")
+    if not (path / marker).is_file():
+        raise UsageError(
+            f"{path} exists and holds no {marker}, so it is not replaced: choose another name."
+        )
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `path` when the block ends well, and vanishes otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
