@@ -1,17 +1,19 @@
-"""What a model is: frozen, hashable configurations, so that `jax.jit` takes them as static arguments.
+"""What a model is: frozen, hashable configurations, static arguments of functions under `jax.jit`.
 
-`GemmaConfig.from_hf` reads the `config.json` of every published text model of the families Gemma 1, 2
-and 3 (old and new spelling, omitted fields) through the configuration classes of transformers.
+`GemmaConfig.from_hf` reads the `config.json` of every published text model of the families Gemma 1,
+2 and 3 (old and new spelling, omitted fields) through the configuration classes of transformers.
 `PRESETS` holds the published shapes.
 """
 
+import copy
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-from gemma_jax.errors import InputError, UsageError
+from gemma_jax.errors import GemmaError, InputError, UsageError
 
 GLOBAL, SLIDING = "global", "sliding"
 LOCAL_ATTENTION_FORMS = ("transformer_xl", "segment")
@@ -25,10 +27,15 @@ class Rope:
     theta: float
     factor: float = 1.0  # linear scaling (position interpolation); 8 in Gemma 3 from 4B up
 
+    def __post_init__(self):
+        for name, value in (("rope_theta", self.theta), ("rope factor", self.factor)):
+            if not 0 < value < math.inf:
+                raise InputError(f"{name} is {value}: it must be a number above 0.")
+
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    """What layers that are global in the original do with tokens that local attention no longer sees."""
+    """What layers global in the original do with tokens that local attention no longer sees."""
 
     rule: str = "off"  # a name from gemma_jax.model.memory, or "path/to/file.py:ClassName"
     local_attention: str = (
@@ -53,7 +60,7 @@ class MemoryConfig:
 
     @property
     def reach(self) -> int:
-        """Length of the longest text that local attention sees exactly as full attention would, in tokens."""
+        """Tokens of the longest text that local attention sees exactly as full attention would."""
         return self.segment_length * (2 if self.local_attention == "transformer_xl" else 1)
 
 
@@ -86,6 +93,22 @@ class GemmaConfig:
     name: str = "gemma"
 
     def __post_init__(self):
+        sizes = {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.width,
+            "intermediate_size": self.mlp_dim,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "num_hidden_layers": self.num_layers,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise InputError(f"{name} is {size}: it must be at least 1.")
+        if unknown := sorted(set(self.layer_types) - {GLOBAL, SLIDING}):
+            raise InputError(
+                f"layer_types has {', '.join(unknown)}: supported are {GLOBAL}, {SLIDING}."
+            )
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_attention_heads ({self.num_heads}) is not a multiple of num_key_value_heads"
@@ -93,7 +116,7 @@ class GemmaConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}: rotary embedding needs an even number.")
-        if SLIDING in self.layer_types and not self.sliding_window:
+        if SLIDING in self.layer_types and (self.sliding_window or 0) < 1:
             raise InputError(
                 f"sliding_window is {self.sliding_window}, but layer_types has sliding layers."
             )
@@ -116,7 +139,11 @@ class GemmaConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "GemmaConfig":
-        """Inverse of `to_json`. Raises `InputError` when a field is missing, unknown or of the wrong type."""
+        """Inverse of `to_json`.
+
+        Raises:
+            InputError: a field is missing, unknown, of the wrong type or out of its range.
+        """
         try:
             fields = json.loads(text)
             for key, kind in (
@@ -124,13 +151,14 @@ class GemmaConfig:
                 ("sliding_rope", Rope),
                 ("memory", MemoryConfig),
             ):
-                fields[key] = kind(**fields[key])
+                fields[key] = kind(**_typed(kind, fields[key]))
             for key in ("layer_types", "eos_ids"):
                 fields[key] = tuple(fields[key])
-            return cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return cls(**_typed(cls, fields))
+        except (ValueError, TypeError, KeyError, AttributeError, GemmaError) as error:
+            reason = str(error).rstrip(".")
             raise InputError(
-                f"config.json is not a gemma_jax configuration ({error}): convert the model again."
+                f"config.json is not a gemma_jax configuration ({reason}): convert the model again."
             ) from error
 
     @classmethod
@@ -138,11 +166,12 @@ class GemmaConfig:
         """Reads a Hugging Face configuration.
 
         Args:
-            source: a directory that holds `config.json`, the file itself, or its content as a mapping.
-            overrides: fields of `GemmaConfig` that replace what was read (`dtype=`, `memory=`, `name=`).
+            source: a directory that holds `config.json`, the file itself, or its content.
+            overrides: fields of `GemmaConfig` that replace what was read (`dtype=`, `name=`).
 
         Raises:
-            InputError: the file is missing or broken, or a named field asks for what is not supported.
+            InputError: the file is missing or broken, or a named field asks for what is not
+                supported.
         """
         content = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
         text = _text_config(content)
@@ -157,7 +186,7 @@ class GemmaConfig:
             "num_kv_heads": text.num_key_value_heads,
             "head_dim": text.head_dim,
             "layer_types": _layer_types(text),
-            "query_scale": float(getattr(text, "query_pre_attn_scalar", text.head_dim)) ** -0.5,
+            "query_scale": _query_scale(text),
             "global_rope": _rope(text, "full_attention"),
             "sliding_rope": _rope(text, "sliding_attention"),
             "sliding_window": getattr(text, "sliding_window", None),
@@ -194,7 +223,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _text_config(content: Mapping[str, Any]) -> Any:
-    """The configuration of the language model, with every omitted field filled in by transformers."""
+    """The configuration of the language model; transformers fills in every omitted field."""
     import transformers
 
     classes = {
@@ -204,16 +233,30 @@ def _text_config(content: Mapping[str, Any]) -> Any:
         "gemma3": transformers.Gemma3Config,
     }
     model_type = content.get("model_type")
-    if model_type not in classes:
+    if model_type not in tuple(classes):
         raise InputError(f"model_type is {model_type!r}: supported are {', '.join(classes)}.")
+    content = copy.deepcopy(dict(content))  # the classes change what they are given
+    text = content.get("text_config")
+    inner = text.get("model_type", "gemma3_text") if isinstance(text, Mapping) else "gemma3_text"
+    if model_type == "gemma3" and inner != "gemma3_text":
+        raise InputError(f"text_config.model_type is {inner!r}: supported is gemma3_text.")
     try:
-        config = classes[model_type].from_dict(dict(content))
+        config = classes[model_type].from_dict(content)
+        return _language_model(config, content) if model_type == "gemma3" else config
     except Exception as error:  # the classes validate with exceptions of several libraries
         reason = " ".join(str(error).split())
         raise InputError(
             f"config.json is not a valid {model_type} configuration ({reason})."
         ) from error
-    return config.text_config if model_type == "gemma3" else config
+
+
+def _language_model(config: Any, content: Mapping[str, Any]) -> Any:
+    """The text part of a multimodal configuration, with what the whole says for it."""
+    text = config.text_config
+    text.tie_word_embeddings = config.tie_word_embeddings
+    if content.get("eos_token_id") is not None:
+        text.eos_token_id = content["eos_token_id"]
+    return text
 
 
 def _refuse_unsupported(text: Any) -> None:
@@ -240,22 +283,57 @@ def _layer_types(text: Any) -> tuple[str, ...]:
     return tuple(names[kind] for kind in types)
 
 
+def _query_scale(text: Any) -> float:
+    divisor = getattr(text, "query_pre_attn_scalar", text.head_dim)
+    if divisor <= 0:
+        name = "query_pre_attn_scalar" if hasattr(text, "query_pre_attn_scalar") else "head_dim"
+        raise InputError(f"{name} is {divisor}: it must be above 0.")
+    return float(divisor) ** -0.5
+
+
 def _rope(text: Any, attention: str) -> Rope:
     parameters = text.rope_parameters
     parameters = parameters.get(attention, parameters)
-    kind = parameters.get("rope_type", "default")
+    # "type" is the old name of "rope_type"; transformers overlooks it in Gemma 3
+    kind = parameters.get("type") or parameters.get("rope_type", "default")
     if kind not in ("default", "linear"):
         raise InputError(
             f"rope_parameters.rope_type is {kind!r}: supported are default and linear."
         )
-    factor = parameters.get("factor", 1.0) if kind == "linear" else 1.0
-    return Rope(theta=float(parameters["rope_theta"]), factor=float(factor))
+    numbers = {
+        "theta": parameters.get("rope_theta"),
+        "factor": parameters.get("factor") if kind == "linear" else 1.0,
+    }
+    for name, value in numbers.items():
+        if not _is(value, float):
+            raise InputError(f"rope_parameters: {name} is {value!r}, it must be a number.")
+    return Rope(**{name: float(value) for name, value in numbers.items()})
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _typed(kind: type, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`fields`, all of them of the types that the dataclass `kind` declares."""
+    hints = get_type_hints(kind)
+    for name, value in fields.items():
+        if name in hints and not _is(value, hints[name]):
+            raise TypeError(f"{name} is {value!r}")
+    return fields
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of a type such as `float | None` or `tuple[int, ...]`."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(item, get_args(kind)[0]) for item in value)
+    if get_args(kind):  # a union
+        return any(_is(value, option) for option in get_args(kind))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _preset(

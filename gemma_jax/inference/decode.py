@@ -40,8 +40,8 @@ def decode_block(
         state: consumed; advanced over exactly `counts[b]` tokens.
 
     Returns:
-        Tokens (those from `counts[b]` on mean nothing and are 0), counts, logits of what comes next,
-        and State.
+        Tokens (those from `counts[b]` on mean nothing and are 0), counts, logits of what comes
+        next, and State.
     """
     model = Transformer(config)
     rows = jnp.arange(logits.shape[0])

@@ -59,7 +59,10 @@ class TopK:
 
 @dataclasses.dataclass(frozen=True)
 class TopP:
-    """Keeps the fewest tokens that together have probability p (Holtzman et al. 2020)."""
+    """Keeps the fewest tokens that together have probability p (Holtzman et al. 2020).
+
+    Those equal to the last of them are kept too.
+    """
 
     p: float
 
@@ -67,6 +70,8 @@ class TopP:
         _require(0 < self.p <= 1, "top_p", self.p, "above 0 and at most 1")
 
     def __call__(self, logits):
+        if self.p == 1:  # a sum of rounded probabilities may reach 1 before the last token
+            return logits
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities

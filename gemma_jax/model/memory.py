@@ -1,6 +1,7 @@
 """Memory rules: how a layer remembers the tokens that local attention no longer sees.
 
-A rule is one class of pure functions: `params`, `features`, `init`, `read`, `write`. Ours are `off`,
+A rule is one class of pure functions: `params`, `features`, `init`, `read`, `write`
+(and `prepare`). Ours are `off`,
 `linear`, `delta` and `gated_delta`; a rule of your own lives in your own file and is named
 `path/to/file.py:ClassName` wherever a rule's name is asked for.
 
@@ -85,8 +86,15 @@ class MemoryRule:
         """Mixes what the queries find in memory with what local attention found."""
         return attended
 
+    def prepare(self, features: Features, mask: Bool[Array, "B S"]) -> Features:
+        """What of a write does not depend on memory; `features` has `key` and `value` [B, S, K, C].
+
+        It is computed for many segments at once, and given to `write` in place of `features`.
+        """
+        return features
+
     def write(self, memory: Memory, features: Features, mask: Bool[Array, "B S"]) -> Memory:
-        """The memory after a segment; `features` also holds `key` and `value` [B, S, K, C].
+        """The memory after a segment of which `prepare` gave `features`.
 
         Tokens outside `mask` must leave no trace.
         """
@@ -200,13 +208,16 @@ class GatedDelta(MemoryRule):
         gate = p["gate"].astype(jnp.float32)[:, None]
         return (attended + gate * found.reshape(attended.shape)).astype(attended.dtype)
 
-    def write(self, memory, features, mask):
+    def prepare(self, features, mask):
         gate = jnp.where(mask[..., None], features["write"], 0.0)
         key = l2_normalize(features["key"].astype(jnp.float32))
-        value = features["value"].astype(jnp.float32)
+        keep, add = delta_map(key, features["value"].astype(jnp.float32), gate)
+        return {"keep": keep, "add": add, "written": gate.sum(axis=1)}
+
+    def write(self, memory, features, mask):
         return {
-            "M": delta_rule(memory["M"], key, value, gate),
-            "written": memory["written"] + gate.sum(axis=1),
+            "M": einsum("BKFG,BKGC->BKFC", features["keep"], memory["M"]) + features["add"],
+            "written": memory["written"] + features["written"],
             "offered": memory["offered"] + mask.sum(axis=1, dtype=jnp.float32)[:, None],
         }
 
@@ -218,19 +229,19 @@ def l2_normalize(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + EPS)
 
 
-def delta_rule(
-    memory: Float[Array, "B K F C"],
-    key: Float[Array, "B S K F"],
-    value: Float[Array, "B S K C"],
-    gate: Float[Array, "B S K"],
-) -> Float[Array, "B K F C"]:
-    """M_t = M_{t-1} + g_t k_t (v_t - k_t M_{t-1})^T over S tokens, in blocks (float32).
+def delta_map(
+    key: Float[Array, "B S K F"], value: Float[Array, "B S K C"], gate: Float[Array, "B S K"]
+) -> tuple[Float[Array, "B K F F"], Float[Array, "B K F C"]]:
+    """What S tokens do to any memory M by M_t = M_{t-1} + g_t k_t (v_t - k_t M_{t-1})^T.
 
-    Within a block the tokens' corrections solve a unit lower triangular system (the WY form of Yang
-    et al. 2024, "Parallelizing Linear Transformers with the Delta Rule", equations 10 and 11). It is
-    solved by substitution: powers of its matrix overflow when keys are nearly equal.
+    All of them together are affine in M: the result is (keep, add), and M becomes keep M + add. A gate
+    of 0 keeps exactly. Within a block the tokens' corrections solve a unit lower triangular system
+    (the WY form of Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule",
+    equations 10 and 11). It is solved by substitution: powers of its matrix overflow when keys are
+    nearly equal. The maps of blocks are then joined in pairs. Everything is float32.
     """
-    pad = -key.shape[1] % BLOCK
+    count = 1 << (-(-key.shape[1] // BLOCK) - 1).bit_length()  # of blocks; a power of two
+    pad = count * BLOCK - key.shape[1]
 
     def blocks(x: Array) -> Array:  # [B, S, K, ...] -> [blocks, B, K, BLOCK, ...]
         x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
@@ -244,13 +255,12 @@ def delta_rule(
         overlap + jnp.eye(BLOCK), right, left_side=True, lower=True, unit_diagonal=True
     )
     new_value, new_key = jnp.split(solved, [value.shape[-1]], axis=-1)
-
-    def step(memory, block):
-        key, new_key, new_value = block
-        correction = new_value - einsum("BKsF,BKFC->BKsC", new_key, memory)
-        return memory + einsum("BKsF,BKsC->BKFC", key, correction), None
-
-    return jax.lax.scan(step, memory, (key, new_key, new_value))[0]
+    keep = jnp.eye(key.shape[-1]) - einsum("nBKsF,nBKsG->nBKFG", key, new_key)
+    add = einsum("nBKsF,nBKsC->nBKFC", key, new_value)
+    while keep.shape[0] > 1:  # the later map after the earlier one
+        add = einsum("nBKFG,nBKGC->nBKFC", keep[1::2], add[0::2]) + add[1::2]
+        keep = einsum("nBKFG,nBKGH->nBKFH", keep[1::2], keep[0::2])
+    return keep[0], add[0]
 
 
 def _divide(found: Array, total: Array) -> Array:
@@ -318,24 +328,33 @@ def init_features(config: GemmaConfig, batch_size: int, length: int) -> Features
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(features))
 
 
-def write_segment(
-    rule: MemoryRule, memory: Memory, tokens: Features, present: Bool[Array, " B"], length: int
-) -> Memory:
-    """Writes one segment, in the rows where it is `present`; the others keep their memory exactly.
+def write_segments(
+    rule: MemoryRule, memory: Memory, segments: Features, present: Bool[Array, "N B"]
+) -> tuple[Memory, Memory]:
+    """Writes segments one after the other; rows in which one is not `present` keep theirs exactly.
 
     Args:
-        tokens: streams whose first `length` tokens are the segment, with `key` and `value`.
-        length: S.
+        segments: the rule's features with `key` and `value`: arrays [N, B, S, ...].
+
+    Returns:
+        The memory after all of them, and as it was before each: arrays [N, B, ...].
     """
-    tokens = {name: stream[:, :length] for name, stream in tokens.items()}
-    mask = jnp.broadcast_to(present[:, None], (present.shape[0], length))
+    length = segments["key"].shape[2]
+    mask = jnp.broadcast_to(present[..., None], (*present.shape, length))
+
+    def step(memory: Memory, segment: tuple[Features, Array]) -> tuple[Memory, Memory]:
+        features, mask = segment
+        written = rule.write(memory, features, mask)
+
+        def keep(new: Array, old: Array) -> Array:
+            there = mask[:, 0].reshape(-1, *[1] * (new.ndim - 1))
+            return jnp.where(there, new, old).astype(old.dtype)
+
+        return jax.tree.map(keep, written, memory), memory
+
     with jax.default_matmul_precision("highest"):
-        written = rule.write(memory, tokens, mask)
-
-    def keep(new: Array, old: Array) -> Array:
-        return jnp.where(present.reshape(-1, *[1] * (new.ndim - 1)), new, old).astype(old.dtype)
-
-    return jax.tree.map(keep, written, memory)
+        prepared = jax.vmap(rule.prepare)(segments, mask)
+        return jax.lax.scan(step, memory, (prepared, mask))
 
 
 def inspect(params: Any, state: Any, *, config: GemmaConfig) -> dict[int, dict[str, Array]]:

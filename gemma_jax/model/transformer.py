@@ -109,13 +109,9 @@ class Attention(nn.Module):
         with jax.default_matmul_precision("highest"):
             if not span.whole_segments:
                 return rule.read(p, state.memory, q, attended), state
-            streams = written_streams(state)
-
-            def write(memory, n):
-                after = write_leaving_segment(self.config, memory, streams, span, n)
-                return after, memory
-
-            memory, before = jax.lax.scan(write, state.memory, jnp.arange(span.num_segments))
+            memory, before = memory_lib.write_segments(
+                rule, state.memory, *leaving_segments(self.config, state, span)
+            )
 
             def by_segment(y: Array) -> Array:
                 y = y.reshape(y.shape[0], -1, span.segment_length, *y.shape[2:])
@@ -194,25 +190,26 @@ class Transformer(nn.Module):
         return self.logits(self(tokens, state)[0])
 
 
-def written_streams(state: LayerState) -> dict[str, Array]:
-    """What a rule is given of the tokens it writes."""
-    return {"key": state.keys, "value": state.values, **state.features}
+def leaving_segments(
+    config: GemmaConfig, state: LayerState, span: Span
+) -> tuple[dict[str, Array], Array]:
+    """The segments that leave local sight as those of the span are completed.
 
+    Returns:
+        What a rule is given of their tokens, arrays [N, B, S, ...], and [N, B], whether they are there
+        and leave.
+    """
+    length, number = config.memory.segment_length, span.num_segments
 
-def write_leaving_segment(
-    config: GemmaConfig, memory: dict, streams: dict[str, Array], span: Span, n: Array | int
-) -> dict:
-    """Writes the segment that leaves local sight when the span's n-th segment is complete."""
-    length = config.memory.segment_length
+    def segments(stream: Array) -> Array:
+        stream = stream[:, : number * length]
+        return jnp.moveaxis(stream.reshape(-1, number, length, *stream.shape[2:]), 1, 0)
+
+    streams = {"key": state.keys, "value": state.values, **state.features}
+    n = jnp.arange(number)[:, None]
     history = history_length(config, GLOBAL)
-    streams = {
-        name: jax.lax.dynamic_slice_in_dim(stream, n * length, length, axis=1)
-        for name, stream in streams.items()
-    }
     exists = span.past + n * length >= history  # the first segment has none before it
-    return memory_lib.write_segment(
-        memory_lib.make_rule(config), memory, streams, exists & (span.completed > n), length
-    )
+    return jax.tree.map(segments, streams), exists & (span.completed > n)
 
 
 def settle_layer(config: GemmaConfig, layer_type: str, state: LayerState, span: Span) -> LayerState:
@@ -220,7 +217,8 @@ def settle_layer(config: GemmaConfig, layer_type: str, state: LayerState, span: 
     window = history_length(config, layer_type) + config.memory.segment_length
     memory = state.memory
     if memory and not span.whole_segments:
-        memory = write_leaving_segment(config, memory, written_streams(state), span, 0)
+        rule = memory_lib.make_rule(config)
+        memory, _ = memory_lib.write_segments(rule, memory, *leaving_segments(config, state, span))
     return state.replace(
         keys=settle(state.keys, span, window),
         values=settle(state.values, span, window),

@@ -18,7 +18,7 @@ from reference import (
 
 import gemma_jax
 from gemma_jax.errors import UsageError
-from gemma_jax.model.memory import MemoryRule, delta_rule, make_rule, write_segment
+from gemma_jax.model.memory import MemoryRule, delta_map, make_rule, write_segments
 
 LONG = 200  # more than three blocks of the chunked delta rule
 
@@ -60,8 +60,8 @@ def test_the_chunked_delta_rule_equals_the_loop(kind):
     loop.write_gated(key, value, gate)
 
     unit = key / np.linalg.norm(key, axis=-1, keepdims=True)
-    batch = (jnp.asarray(x[None], jnp.float32) for x in (start, unit, value, gate))
-    found = np.asarray(delta_rule(*batch)[0])
+    keep, add = delta_map(*(jnp.asarray(x[None], jnp.float32) for x in (unit, value, gate)))
+    found = np.asarray(keep[0] @ start.astype(np.float32) + add[0])
     np.testing.assert_allclose(found, loop.arrays["M"], rtol=0, atol=2e-5 * np.abs(found).max())
     assert (kind == "gate 0") == np.array_equal(found, start.astype(np.float32))
 
@@ -78,17 +78,19 @@ def test_what_is_masked_leaves_no_trace(rule):
     }
     before = jax.tree.map(lambda leaf: leaf + 0.5, made.init(3))
     present = jnp.array([True, False, True])
-    after = write_segment(made, before, tokens, present, length)
+    segments = jax.tree.map(lambda leaf: leaf[None], tokens)
+    after, memories = write_segments(made, before, segments, present[None])
+    for name in before:
+        np.testing.assert_array_equal(memories[name][0], before[name])
     for name in before:
         np.testing.assert_array_equal(after[name][1], before[name][1])
         assert (np.asarray(after[name][0]) != np.asarray(before[name][0])).any()
     # Rows do not know of each other.
-    alone = write_segment(
+    alone, _ = write_segments(
         made,
         jax.tree.map(lambda leaf: leaf[2:], before),
-        jax.tree.map(lambda leaf: leaf[2:], tokens),
-        present[2:],
-        length,
+        jax.tree.map(lambda leaf: leaf[:, 2:], segments),
+        present[None, 2:],
     )
     for name in before:
         np.testing.assert_allclose(after[name][2:], alone[name], rtol=1e-6)
