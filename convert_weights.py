@@ -64,10 +64,11 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command line."""
-    parser = argparse.ArgumentParser(
+    from gemma_jax.inference.console import ArgumentParser
+
+    parser = ArgumentParser(
         prog="convert_weights.py",
         description="Converts Gemma's Hugging Face weights into a checkpoint, or back.",
-        allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help="a directory, or a hub id (owner/name)")
     parser.add_argument("dest", metavar="DEST", help="the directory to write")

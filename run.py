@@ -91,11 +91,12 @@ def load(options: argparse.Namespace, console: Any) -> Any:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command line; what is out of range ends the program with exit code 2."""
-    parser = argparse.ArgumentParser(
+    from gemma_jax.inference.console import ArgumentParser
+
+    parser = ArgumentParser(
         prog="run.py",
         description="Reads a text of any length in constant memory, and continues or answers it.",
         epilog="What is read is the files, then the prompt, joined by newlines.",
-        allow_abbrev=False,
     )
     whole, real = number(int), number(float)
     group = parser.add_argument_group("what is read")

@@ -246,7 +246,9 @@ def count(text: str) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command line."""
-    parser = argparse.ArgumentParser(
+    from gemma_jax.inference.console import ArgumentParser
+
+    parser = ArgumentParser(
         prog="python -m gemma_jax.benchmark", description="Measures reading and writing."
     )
     parser.add_argument("what", choices=("prefill", "decode"))

@@ -162,10 +162,11 @@ def _print(
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command line."""
-    parser = argparse.ArgumentParser(
+    from gemma_jax.inference.console import ArgumentParser
+
+    parser = ArgumentParser(
         prog="python -m gemma_jax.evaluate",
         description="Mean negative log-likelihood of a text's tokens, in nats.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", metavar="DIR", required=True, help="a checkpoint")
     parser.add_argument("--text", metavar="FILE", required=True, help="what is read")

@@ -94,4 +94,5 @@ def test_damage_is_exit_code_4(source, tmp_path, capsys):
 def test_options_that_make_no_sense(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         run(*arguments)
-    assert end.value.code == 2 and "error: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1

@@ -1,17 +1,28 @@
 """What a command tells its user on standard error, and the exit code it ends with."""
 
+import argparse
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from gemma_jax.errors import GemmaError, OutOfMemoryError
 from gemma_jax.inference.progress import Progress
 
 PLAIN_INTERVAL_SECONDS = 10.0  # between progress lines where standard error is not a terminal
 INTERRUPTED = 130
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Says what is wrong with the options in one sentence, without the usage in front of it."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help).\n")
 
 
 class Console:

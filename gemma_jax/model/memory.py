@@ -1,8 +1,7 @@
 """Memory rules: how a layer remembers the tokens that local attention no longer sees.
 
-A rule is one class of pure functions: `params`, `features`, `init`, `read`, `write`
-(and `prepare`). Ours are `off`,
-`linear`, `delta` and `gated_delta`; a rule of your own lives in your own file and is named
+A rule is one class of pure functions: `params`, `features`, `init`, `read`, `prepare`, `write`. Ours
+are `off`, `linear`, `delta` and `gated_delta`; a rule of your own lives in your own file and is named
 `path/to/file.py:ClassName` wherever a rule's name is asked for.
 
 Memory is float32 and exists per layer and per KV head; the query heads of a group read the same one.

@@ -17,7 +17,7 @@ PADDED = 16
 
 @functools.cache
 def model(rule="gated_delta", form=FORMS[0]):
-    """Segments of 4 tokens; the seed is one whose greedy texts go on changing, without near-ties."""
+    """Segments of 4 tokens; with this seed greedy texts keep changing, without near-ties."""
     config = tiny_config(
         rule=rule,
         local_attention=form,

@@ -6,71 +6,126 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import all_logits, random_params, random_tokens, tiny_config
+from reference import random_params, random_tokens, tiny_config
 
 import gemma_jax
 from gemma_jax.errors import UsageError
+
+LENGTH = 37  # four segments of 8, and a part of one
 
 
 @pytest.fixture(scope="module")
 def model():
     config = tiny_config(rule="gated_delta")
-    return config, random_params(config), random_tokens(config, 2, 37)
+    return config, random_params(config), random_tokens(config, 2, LENGTH)
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 2, 8, 24, None])
-def test_prefill_gives_the_last_logits_of_forward(model, chunk_tokens):
+def empty(config, rows=2):
+    return gemma_jax.init_state(config, rows)
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    """Logits [2, LENGTH, V] at all positions, and the State behind them."""
     config, params, tokens = model
-    expected = all_logits(params, tokens, config)
+    hidden, state = gemma_jax.forward(params, tokens, empty(config), config=config)
+    return np.asarray(gemma_jax.logits(params, hidden, config=config)), state
+
+
+def states_agree(found, expected, tolerance=1e-4):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+
+
+# Tokens at a time, a part of a segment, whole segments, what does not divide one, and the default.
+@pytest.mark.parametrize("chunk_tokens", [1, 2, 3, 8, 12, 24, 1000, None])
+def test_prefill_gives_the_last_logits_of_forward(model, whole, chunk_tokens):
+    config, params, tokens = model
+    expected, after = whole
     logits, state = gemma_jax.prefill(
-        params, tokens, gemma_jax.init_state(config, 2), config=config, chunk_tokens=chunk_tokens
+        params, tokens, empty(config), config=config, chunk_tokens=chunk_tokens
     )
     np.testing.assert_allclose(logits, expected[:, -1], rtol=0, atol=1e-4)
-    assert logits.dtype == jnp.float32 and state.length.tolist() == [37, 37]
+    assert logits.dtype == jnp.float32 and state.length.tolist() == [LENGTH] * 2
+    states_agree(state, after)
 
 
-def test_every_row_has_its_own_length(model):
+@pytest.mark.parametrize("lengths", [(LENGTH, 11), (1, 8), (16, 17)], ids=str)
+def test_every_row_has_its_own_length(model, whole, lengths):
     config, params, tokens = model
-    expected = all_logits(params, tokens, config)
-    lengths = np.array([37, 11], np.int32)
-    logits, state = gemma_jax.prefill(
-        params, tokens, gemma_jax.init_state(config, 2), config=config, lengths=lengths
-    )
-    np.testing.assert_allclose(logits, expected[[0, 1], lengths - 1], rtol=0, atol=1e-4)
+    lengths = np.array(lengths, np.int32)
+    logits, state = gemma_jax.prefill(params, tokens, empty(config), config=config, lengths=lengths)
+    np.testing.assert_allclose(logits, whole[0][[0, 1], lengths - 1], rtol=0, atol=1e-4)
     assert state.length.tolist() == lengths.tolist()
+
+
+def test_what_stands_in_the_padding_does_not_matter(model):
+    config, params, tokens = model
+    lengths = np.array([20, 5], np.int32)
+    other = np.where(np.arange(LENGTH) < lengths[:, None], tokens, (tokens + 1) % config.vocab_size)
+    first = gemma_jax.prefill(params, tokens, empty(config), config=config, lengths=lengths)
+    second = gemma_jax.prefill(params, other, empty(config), config=config, lengths=lengths)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_row_without_tokens_keeps_its_state(model):
     config, params, tokens = model
-    _, state = gemma_jax.prefill(params, tokens, gemma_jax.init_state(config, 2), config=config)
+    full = np.array([LENGTH] * 2, np.int32)
+    _, state = gemma_jax.prefill(params, tokens, empty(config), config=config, lengths=full)
     before = jax.tree.map(lambda leaf: np.asarray(leaf[1]), state)
     lengths = np.array([20, 0], np.int32)
     logits, state = gemma_jax.prefill(params, tokens, state, config=config, lengths=lengths)
     assert np.isfinite(logits[0]).all() and np.isnan(logits[1]).all()
+    assert state.length.tolist() == [LENGTH + 20, LENGTH]
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(new[1], old)
 
 
-def test_forward_is_zero_beyond_the_end(model):
+def test_reading_then_writing_is_reading_more(model):
+    """The State after a text that was written is that of the same text read at once."""
+    config, params, tokens = model
+    lengths = np.array([20, 6], np.int32)
+    start = gemma_jax.prefill(params, tokens, empty(config), config=config, lengths=lengths)
+    written, counts, logits, state = gemma_jax.decode_block(
+        params,
+        *start,
+        config=config,
+        sampling=gemma_jax.Temperature(3.0),
+        key=jax.random.key(0),
+        num_tokens=17,
+    )
+    text = tokens.copy()
+    for row, length in enumerate(lengths):
+        text[row, length : length + 17] = written[row]
+    expected, after = gemma_jax.prefill(
+        params, text, empty(config), config=config, lengths=lengths + 17
+    )
+    assert counts.tolist() == [17, 17]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+    states_agree(state, after)
+
+
+def test_forward_is_zero_beyond_the_end(model, whole):
     config, params, tokens = model
     lengths = np.array([30, 5], np.int32)
-    hidden, state = gemma_jax.forward(
-        params, tokens, gemma_jax.init_state(config, 2), config=config, lengths=lengths
-    )
+    hidden, state = gemma_jax.forward(params, tokens, empty(config), config=config, lengths=lengths)
+    logits = np.asarray(gemma_jax.logits(params, hidden, config=config))
     for b, length in enumerate(lengths):
         assert not hidden[b, length:].any() and hidden[b, :length].any(axis=-1).all()
+        np.testing.assert_allclose(logits[b, :length], whole[0][b, :length], rtol=0, atol=1e-4)
     assert state.length.tolist() == lengths.tolist()
 
 
 def test_gradients_reach_through_memory():
-    """What was written 20 tokens ago has a gradient; recomputation changes nothing."""
+    """What was written 20 tokens ago has a gradient; how it is computed changes nothing."""
     config = tiny_config(rule="gated_delta", layer_types=("global",), tied_embeddings=False)
-    params, tokens = random_params(config), random_tokens(config, 2, 37)
-    state = gemma_jax.init_state(config, 2)
+    params, tokens = random_params(config), random_tokens(config, 2, LENGTH)
+    state = empty(config)
 
-    @functools.partial(jax.jit, static_argnums=(1, 2))
-    @jax.grad
-    def gradient(params, remat, step_tokens):
+    @functools.partial(jax.jit, static_argnames=("remat", "step_tokens"))
+    @jax.value_and_grad
+    def loss(params, remat, step_tokens):
         hidden, _ = gemma_jax.forward(
             params,
             tokens,
@@ -81,17 +136,26 @@ def test_gradients_reach_through_memory():
         )
         return jnp.mean(gemma_jax.logits(params, hidden[:, -5:], config=config) ** 2)
 
-    first = gradient(params, False, 8)
-    for remat, step_tokens in ((True, 8), (False, 40)):
-        other = gradient(params, remat, step_tokens)
-        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
-            scale = float(jnp.abs(a).max())
-            np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * max(scale, 1e-3))
-    for name, found in first["layers_0"]["attention"]["memory"].items():
-        assert np.isfinite(found).all() and np.abs(found).max() > 0, name
+    step_by_step = functools.partial(loss, remat=True, step_tokens=8)
+    (_, found), (_, other) = step_by_step(params), loss(params, remat=False, step_tokens=40)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(other), strict=True):
+        scale = max(float(jnp.abs(a).max()), 1e-3)
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * scale)
+    memory = found["layers_0"]["attention"]["memory"]
+    for name, gradient in memory.items():
+        assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0, name
+
+    def moved(by):  # the loss with every read gate moved
+        def move(path, leaf):
+            return leaf + by if [part.key for part in path[-2:]] == ["memory", "gate"] else leaf
+
+        return float(step_by_step(jax.tree.map_with_path(move, params))[0])
+
+    slope = (moved(0.01) - moved(-0.01)) / 0.02
+    assert slope == pytest.approx(float(memory["gate"].sum()), rel=0.02) and abs(slope) > 1e-2
 
 
 def test_no_tokens_at_all_are_refused(model):
     config, params, tokens = model
     with pytest.raises(UsageError, match="at least one token"):
-        gemma_jax.prefill(params, tokens[:, :0], gemma_jax.init_state(config, 2), config=config)
+        gemma_jax.prefill(params, tokens[:, :0], empty(config), config=config)
