@@ -7,7 +7,6 @@ SOURCE is a directory or the id of a model on the hub; DEST is the checkpoint fo
 import argparse
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 
@@ -97,4 +96,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from gemma_jax.inference.console import leave
+
+    leave(main())

@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,7 +131,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--top-k", metavar="K", type=whole(1), help="sample among the K likeliest tokens"
     )
     group.add_argument(
-        "--top-p", metavar="P", type=real(0, 1), help="sample among the likeliest that hold share P"
+        "--top-p",
+        metavar="P",
+        type=real(0, 1, above=True),
+        help="sample among the likeliest with share P",
     )
     group.add_argument(
         "--min-p",
@@ -180,14 +182,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def number(kind: Callable[[str], Any]) -> Callable[..., Callable[[str], Any]]:
     """Makes argument types: `number(int)(1)` accepts whole numbers from 1."""
 
-    def within(low: float, high: float = math.inf) -> Callable[[str], Any]:
+    def within(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
         def convert(text: str) -> Any:
             try:
                 value = kind(text)
             except ValueError:
                 raise argparse.ArgumentTypeError(f"{text!r} is not a number of this kind") from None
-            if not low <= value <= high or value == math.inf:  # NaN is within nothing
+            least = value > low if above else value >= low
+            if not (least and value <= high) or value == math.inf:  # NaN is within nothing
                 limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                limits = f"above {low} and at most {high}" if above else limits
                 raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
             return value
 
@@ -204,4 +208,6 @@ def some_text(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from gemma_jax.inference.console import leave
+
+    leave(main())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import convert_weights
+import gemma_jax
 from gemma_jax import demo
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,34 @@ def test_there_and_back(source, tmp_path, capsys):
     assert f"written to {tmp_path / 'dest'}." in said.err
     assert run(tmp_path / "dest", tmp_path / "back", "--to-hf") == 0
     assert (tmp_path / "back" / "model.safetensors").is_file()
+
+
+def test_relative_paths(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("source", "dest") == 0
+    assert run("dest", "back", "--to-hf") == 0
+    assert gemma_jax.load("dest").config.num_layers == 2
+
+
+def test_nothing_else_is_lost_by_overwriting(source, tmp_path, capsys):
+    """Neither the source, nor what lies beside a model, nor what holds them."""
+    checkpoint, back = tmp_path / "checkpoint", tmp_path / "back"
+    assert run(source, checkpoint) == run(checkpoint, back, "--to-hf") == 0
+    capsys.readouterr()
+    (back / "precious.txt").write_text("mine")
+    for arguments in (
+        (checkpoint, back, "--to-hf"),
+        (checkpoint, checkpoint, "--to-hf"),
+        (checkpoint, tmp_path, "--to-hf"),
+        (source, source),
+        (source, tmp_path),
+    ):
+        assert run(*arguments, "--overwrite") == 2
+        assert "choose another name" in capsys.readouterr().err
+    assert (back / "precious.txt").read_text() == "mine"
+    assert (checkpoint / "manifest.json").is_file() and (source / "config.json").is_file()
+    (back / "precious.txt").unlink()
+    assert run(checkpoint, back, "--to-hf", "--overwrite") == 0
 
 
 def test_verification_is_reported(source, tmp_path, capsys):
@@ -67,7 +96,7 @@ def test_without_torch_torch_files_are_refused_and_safetensors_converted(source,
     [
         (["{tmp}/nowhere", "{tmp}/dest"], 3, "does not exist"),
         (["{tmp}/source", "{tmp}/source"], 2, "--overwrite"),
-        (["{tmp}/source", "{tmp}/source", "--overwrite"], 2, "is not replaced"),
+        (["{tmp}/source", "{tmp}/source", "--overwrite"], 2, "overlap"),
         (["{tmp}/source", "{tmp}/dest", "--to-hf"], 3, "is a Hugging Face model"),
         (["{tmp}/source", "{tmp}/dest", "--revision", "main"], 2, "--revision"),
         (["{tmp}/source", "{tmp}/source/config.json"], 2, "exists"),

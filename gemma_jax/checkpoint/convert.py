@@ -74,12 +74,14 @@ def convert(
         UsageError: `dest` exists, or torch is needed and not there.
         GemmaError: the verification failed.
     """
-    dest = Path(dest).expanduser()
+    dest = store.absolute(dest)
     if dtype not in DTYPES:
         raise UsageError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
     if verify:
         require_reference()
-    store.require_place(dest, overwrite=overwrite, marker=store.MANIFEST)
+    store.require_place(
+        dest, source=store.absolute(source), overwrite=overwrite, belongs=_in_checkpoint
+    )
     directory = resolve(source, revision)
     local = Path(source).expanduser().is_dir()
     name = directory.resolve().name if local else str(source).split("/")[-1]
@@ -186,6 +188,16 @@ def _read_finite(weights: Weights, name: str) -> np.ndarray:
     return array
 
 
+def _in_checkpoint(name: str) -> bool:
+    own = (store.CONFIG, store.MANIFEST, store.PARAMS, store.ORIGINAL)
+    return name in own or name in TOKENIZER_FILES
+
+
+def _in_huggingface(name: str) -> bool:
+    weights = name.endswith((".safetensors", ".safetensors.index.json"))
+    return weights or name in ORIGINAL_FILES or name in TOKENIZER_FILES
+
+
 def _place(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
@@ -232,8 +244,8 @@ def to_huggingface(
         CorruptError: `source` is damaged.
         UsageError: `dest` exists.
     """
-    source, dest = Path(source).expanduser(), Path(dest).expanduser()
-    store.require_place(dest, overwrite=overwrite, marker=ORIGINAL_FILES[0])
+    source, dest = store.absolute(source), store.absolute(dest)
+    store.require_place(dest, source=source, overwrite=overwrite, belongs=_in_huggingface)
     config = store.read_config(source)
     store.check(source)
     entries = huggingface.table(config)

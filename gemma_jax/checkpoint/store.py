@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,11 @@ def read_config(path: str | Path) -> GemmaConfig:
 
     Raises:
         InputError: `path` is no checkpoint.
+        CorruptError: the file is not the one that was written.
     """
     path = _directory(path)
-    try:
-        text = (path / CONFIG).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path / CONFIG} cannot be read ({error}): convert again.") from error
-    config = GemmaConfig.from_json(text)
+    check(path, only=CONFIG)
+    config = GemmaConfig.from_json((path / CONFIG).read_text(encoding="utf-8"))
     if ":" in config.memory.rule:
         raise InputError(
             f"{path / CONFIG} names code as its memory rule ({config.memory.rule}): refused. Name"
@@ -154,15 +152,16 @@ def _replace_memory(params: dict[str, Any], fresh: dict[str, Any]) -> None:
         params[name]["attention"] |= layer["attention"]
 
 
-def check(path: Path, *, hashes: bool = True) -> None:
-    """Compares a checkpoint's files with its manifest.
+def check(path: Path, *, hashes: bool = True, only: str | None = None) -> None:
+    """Compares a checkpoint's files (or one of them) with its manifest.
 
     Raises:
         CorruptError: a file is missing, of another size, or (with `hashes`) of other content.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
+        names = manifest if only is None else [only]
+        files = {name: (manifest[name]["size"], manifest[name]["sha256"]) for name in names}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CorruptError(
             f"{path / MANIFEST} cannot be read ({error}): convert the model again."
@@ -184,8 +183,13 @@ def check(path: Path, *, hashes: bool = True) -> None:
                     )
 
 
+def absolute(path: str | Path) -> Path:
+    """The path as Orbax wants it."""
+    return Path(path).expanduser().absolute()
+
+
 def _directory(path: str | Path) -> Path:
-    path = Path(path).expanduser()
+    path = absolute(path)
     if not path.is_dir():
         raise InputError(
             f"{path} is not a directory: name a checkpoint that convert_weights.py wrote."
@@ -206,20 +210,27 @@ def _directory(path: str | Path) -> Path:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def require_place(path: Path, *, overwrite: bool, marker: str) -> None:
+def require_place(
+    path: Path, *, source: Path, overwrite: bool, belongs: Callable[[str], bool]
+) -> None:
     """Raises `UsageError` when something is at `path` that may not be replaced.
 
     Args:
+        source: what is converted; it must not be lost.
         overwrite: whether what is at `path` may be replaced.
-        marker: a file that what is replaced must hold, so that nothing else is lost.
+        belongs: whether a file of this name belongs to what may be replaced; nothing else is lost.
     """
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
         raise UsageError(f"{path} exists: choose another name, or replace it with --overwrite.")
-    if not (path / marker).is_file():
+    inside = {path.resolve(), *path.resolve().parents} & {source.resolve()}
+    if inside or path.resolve() in source.resolve().parents:
+        raise UsageError(f"{path} and {source} overlap: choose another name.")
+    foreign = [path] if not path.is_dir() else [f for f in path.iterdir() if not belongs(f.name)]
+    if foreign:
         raise UsageError(
-            f"{path} exists and holds no {marker}, so it is not replaced: choose another name."
+            f"{path} exists and holds {foreign[0].name}, so it is not replaced: choose another name."
         )
 
 

@@ -1,6 +1,7 @@
 """What a command tells its user on standard error, and the exit code it ends with."""
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -8,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from gemma_jax.errors import GemmaError, OutOfMemoryError
+from gemma_jax.errors import GemmaError, InputError, OutOfMemoryError
 from gemma_jax.inference.progress import Progress
 
 PLAIN_INTERVAL_SECONDS = 10.0  # between progress lines where standard error is not a terminal
@@ -49,7 +50,7 @@ class Console:
         """Shows how far the reading is: a bar in a terminal, a line now and then elsewhere."""
         if self._quiet:
             return
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             self._show_bar(progress)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + PLAIN_INTERVAL_SECONDS
@@ -84,8 +85,9 @@ class Console:
     def _print(self, text: str) -> None:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        elif sys.stderr is not None:
+            with contextlib.suppress(BrokenPipeError):  # nobody reads it; the answer goes on
+                print(text, file=sys.stderr, flush=True)
 
 
 def describe(progress: Progress) -> str:
@@ -124,6 +126,8 @@ def run_command(command: Callable[[], None], *, debug: bool = False) -> int:
 
     A reader that closes the output pipe has what it wanted: that ends quietly, with 0.
     """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # closed by the caller
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of the answer
     try:
@@ -145,10 +149,23 @@ def run_command(command: Callable[[], None], *, debug: bool = False) -> int:
         return known.exit_code
 
 
+def leave(code: int) -> NoReturn:
+    """Ends the process. After an interruption at once: threads may be deep in compiled code."""
+    if code == INTERRUPTED:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, AttributeError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def as_gemma_error(error: Exception) -> GemmaError:
     """The error that a user is shown for any exception."""
     if isinstance(error, GemmaError):
         return error
+    if isinstance(error, OSError):
+        where = error.filename or "A file"
+        return InputError(f"{where} cannot be read or written ({error.strerror or error}).")
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return OutOfMemoryError(
             "Out of memory: the weights, the State and one piece of text do not fit; use a"

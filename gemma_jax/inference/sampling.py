@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from gemma_jax.errors import UsageError
 
+LOWEST_TEMPERATURE = 1e-6  # below it float32 may divide to nothing but infinities
+
 
 class Sampling(Protocol):
     """What a strategy provides; it must be hashable."""
@@ -37,10 +39,12 @@ class Temperature:
     temperature: float = 1.0
 
     def __post_init__(self):
-        _require(0 < self.temperature < math.inf, "temperature", self.temperature, "above 0")
+        holds = LOWEST_TEMPERATURE <= self.temperature < math.inf
+        _require(holds, "temperature", self.temperature, f"0, or at least {LOWEST_TEMPERATURE}")
 
     def __call__(self, logits):
-        return logits / self.temperature
+        # Relative to the best, so that a tiny temperature does not overflow.
+        return (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
 
 
 @dataclasses.dataclass(frozen=True)

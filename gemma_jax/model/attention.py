@@ -70,6 +70,14 @@ def attend(
     return jnp.einsum("BKGTJ,BJKC->BTKGC", weights, v).reshape(batch, length, heads, dim)
 
 
+def cudnn_takes(head_dim: int) -> bool:
+    """Whether cuDNN's attention runs here; heads wider than 128 need Hopper or later."""
+    if jax.default_backend() != "gpu":
+        return False
+    capability = float(jax.local_devices()[0].compute_capability)
+    return capability >= (9.0 if head_dim > 128 else 8.0)
+
+
 def local_attention(
     q: Heads,
     keys: Float[Array, "B L K C"],
@@ -124,9 +132,9 @@ def local_attention(
         mask = jnp.concatenate([gone, mask], axis=2)
     use_cudnn = (
         span.whole_segments
-        and jax.default_backend() == "gpu"
         and q.dtype == jnp.bfloat16
         and softcap is None
+        and cudnn_takes(q.shape[-1])
     )
     out = attend(q, *windows, mask, scale=scale, softcap=softcap, use_cudnn=use_cudnn)
     return out.reshape(-1, span.slots, *out.shape[2:])

@@ -12,6 +12,7 @@ its whole segment, when local attention stops seeing that segment.
 import dataclasses
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -297,9 +298,9 @@ def _rule_class(name: str) -> type[MemoryRule]:
         )
     if not Path(path).is_file():
         raise UsageError(f"The memory rule's file {path} does not exist.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"memory_rule_{Path(path).stem}", path)
     try:
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         found = getattr(module, class_name)
     except GemmaError:

@@ -65,7 +65,7 @@ def scan_steps(
         num_steps = -(-total // slots) + max(total + length - 2, 0) // length
     if lengths is None:
         lengths = jnp.full((batch,), total, jnp.int32)
-    lengths = jnp.minimum(lengths, total)
+    lengths = jnp.clip(jnp.asarray(lengths, jnp.int32), 0, total)
     apply = functools.partial(Transformer(config).apply, {"params": params})
     if remat:
         apply = jax.checkpoint(apply)

@@ -152,7 +152,7 @@ def test_gradients_reach_through_memory():
         return float(step_by_step(jax.tree.map_with_path(move, params))[0])
 
     slope = (moved(0.01) - moved(-0.01)) / 0.02
-    assert slope == pytest.approx(float(memory["gate"].sum()), rel=0.02) and abs(slope) > 1e-2
+    assert slope == pytest.approx(float(memory["gate"].sum()), rel=0.02) and abs(slope) > 1e-3
 
 
 def test_no_tokens_at_all_are_refused(model):

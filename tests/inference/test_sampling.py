@@ -54,7 +54,10 @@ def test_which_tokens_are_left(strategy, expected):
 
 
 def test_temperature_divides():
-    np.testing.assert_allclose(Temperature(0.5)(jnp.asarray(LOGITS)), LOGITS / 0.5)
+    best = LOGITS.max(axis=-1, keepdims=True)
+    found = Temperature(0.5)(jnp.asarray(LOGITS))
+    np.testing.assert_allclose(found, (LOGITS - best) / 0.5, rtol=1e-6)
+    assert np.isfinite(Temperature(1e-6)(jnp.asarray(LOGITS))).all()
 
 
 def softmax(row):
@@ -217,6 +220,7 @@ def test_options_make_strategies(options, expected):
     "options",
     [
         {"temperature": -1},
+        {"temperature": 1e-40},
         {"temperature": float("nan")},
         {"temperature": float("inf")},
         {"top_k": 0},
