@@ -7,9 +7,8 @@ Standard output carries the answer only; everything else goes to standard error.
 
 import argparse
 import json
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -90,7 +89,7 @@ def load(options: argparse.Namespace, console: Any) -> Any:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command line; what is out of range ends the program with exit code 2."""
-    from gemma_jax.inference.console import ArgumentParser
+    from gemma_jax.inference.console import ArgumentParser, number
 
     parser = ArgumentParser(
         prog="run.py",
@@ -177,27 +176,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not options.context and options.prompt is None:
         parser.error("there is nothing to read: give --prompt TEXT, --context FILE, or both")
     return options
-
-
-def number(kind: Callable[[str], Any]) -> Callable[..., Callable[[str], Any]]:
-    """Makes argument types: `number(int)(1)` accepts whole numbers from 1."""
-
-    def within(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
-        def convert(text: str) -> Any:
-            try:
-                value = kind(text)
-            except ValueError:
-                raise argparse.ArgumentTypeError(f"{text!r} is not a number of this kind") from None
-            least = value > low if above else value >= low
-            if not (least and value <= high) or value == math.inf:  # NaN is within nothing
-                limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-                limits = f"above {low} and at most {high}" if above else limits
-                raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
-            return value
-
-        return convert
-
-    return within
 
 
 def some_text(text: str) -> str:

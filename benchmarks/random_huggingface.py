@@ -1,6 +1,6 @@
 """Writes a Hugging Face directory with random weights of a published shape, to time conversions:
 
-python benchmarks/random_huggingface.py gemma-2b DEST --shards 3
+python -m benchmarks.random_huggingface gemma-2b DEST --shards 3
 /usr/bin/time -v python convert_weights.py DEST CHECKPOINT
 """
 

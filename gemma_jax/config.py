@@ -38,14 +38,12 @@ class MemoryConfig:
     """What layers global in the original do with tokens that local attention no longer sees."""
 
     rule: str = "off"  # a name from gemma_jax.model.memory, or "path/to/file.py:ClassName"
-    local_attention: str = (
-        "transformer_xl"  # sees the previous segment and its own; "segment": only its own
-    )
+    # "transformer_xl" sees the previous segment and its own, "segment" only its own
+    local_attention: str = "transformer_xl"
     segment_length: int = 1024  # S, in tokens
     sink: bool = True  # the text's first token stays visible for ever
-    write_gate: str = (
-        "hard_sigmoid"  # of rule gated_delta: "hard_sigmoid" (reaches exactly 0) or "sigmoid"
-    )
+    # of rule gated_delta: "hard_sigmoid" reaches exactly 0, "sigmoid" does not
+    write_gate: str = "hard_sigmoid"
 
     def __post_init__(self):
         if self.local_attention not in LOCAL_ATTENTION_FORMS:

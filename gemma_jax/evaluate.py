@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,14 +114,14 @@ def token_nll(model: Any, ids: np.ndarray) -> np.ndarray:
 
 def peer_nll(directory: str, ids: np.ndarray) -> np.ndarray:
     """The same of Hugging Face transformers with full attention, in float32."""
-    from gemma_jax.checkpoint.source import require_torch
+    from gemma_jax.checkpoint.source import require_torch, resolve
 
     torch = require_torch("--peer runs Hugging Face transformers")
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     peer = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        resolve(directory), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
     ).to(device)
     tokens = torch.from_numpy(ids).long().to(device)
     found = []
@@ -162,7 +161,7 @@ def _print(
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command line."""
-    from gemma_jax.inference.console import ArgumentParser
+    from gemma_jax.inference.console import ArgumentParser, number
 
     parser = ArgumentParser(
         prog="python -m gemma_jax.evaluate",
@@ -170,7 +169,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", metavar="DIR", required=True, help="a checkpoint")
     parser.add_argument("--text", metavar="FILE", required=True, help="what is read")
-    parser.add_argument("--tokens", metavar="N", type=int, help="of it, at most (default: all)")
+    parser.add_argument(
+        "--tokens", metavar="N", type=number(int)(2), help="of its beginning (default: all)"
+    )
     parser.add_argument("--memory", metavar="RULE", help="a rule other than the recorded one")
     parser.add_argument(
         "--local-attention",
@@ -178,7 +179,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=("transformer_xl", "segment"),
         default=["transformer_xl"],
     )
-    parser.add_argument("--segment-length", metavar="S", nargs="+", type=int, default=[1024])
+    parser.add_argument(
+        "--segment-length", metavar="S", nargs="+", type=number(int)(1), default=[1024]
+    )
     parser.add_argument("--without-sink", action="store_true", help="also without the sink")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
     parser.add_argument(
@@ -190,4 +193,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from gemma_jax.inference.console import leave
+
+    leave(main())

@@ -36,6 +36,14 @@ def test_dense_work_of_a_token():
     assert benchmark.dense_flops(PRESETS["gemma-2b"]) == pytest.approx(3.96e9, rel=0.01)
 
 
+@pytest.mark.parametrize("option", ["--tokens", "--repeats", "--segment-length"])
+def test_out_of_range_is_one_sentence(option, capsys):
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(["prefill", "--preset", "gemma-2b", option, "0"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "at least 1" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("text, number", [("10M", 10_000_000), ("8K", 8192), ("700", 700)])
 def test_counts(text, number):
     assert benchmark.count(text) == number

@@ -100,6 +100,7 @@ def test_without_torch_torch_files_are_refused_and_safetensors_converted(source,
         (["{tmp}/source", "{tmp}/dest", "--to-hf"], 3, "is a Hugging Face model"),
         (["{tmp}/source", "{tmp}/dest", "--revision", "main"], 2, "--revision"),
         (["{tmp}/source", "{tmp}/source/config.json"], 2, "exists"),
+        (["{tmp}/source", "{tmp}/source/config.json/x"], 3, "cannot be read or written"),
     ],
 )
 def test_one_sentence_and_its_code(source, tmp_path, capsys, arguments, code, sentence):

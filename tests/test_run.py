@@ -373,3 +373,23 @@ def test_sizes_are_said_as_people_say_them(number, shown):
 )
 def test_durations_are_said_as_people_say_them(seconds, shown):
     assert console_module.duration(seconds) == shown
+
+
+# --- streams that are full, closed or gone ---
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_behind_the_output_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        done = finish(start("--prompt", PROMPT, "--max-new-tokens", "4", stdout=full))
+    assert done.code == 3
+    assert "error: A file cannot be read or written (No space left on device)." in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2> >(exec true)"], ids=["closed", "gone"])
+def test_the_answer_comes_without_a_standard_error(redirection):
+    command = f"'{sys.executable}' run.py --prompt '{PROMPT}' --max-new-tokens 4 {redirection}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip()
+    assert "of State will be held" not in done.stdout

@@ -6,14 +6,14 @@ strict: what is missing, unexpected or of another shape is listed by name.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from gemma_jax.config import GLOBAL, GemmaConfig
 from gemma_jax.errors import InputError
 
-Path = tuple[str, ...]
+Place = tuple[str, ...]
 Shape = tuple[int, ...]
 
 HEAD = "lm_head.weight"
@@ -40,7 +40,7 @@ _DERIVED_SUFFIX = ".rotary_emb.inv_freq"  # computed from the configuration; old
 class Entry:
     """One parameter: the tensors `names` joined along their first axis, then transposed or reshaped."""
 
-    path: Path  # in the parameter tree
+    path: Place  # in the parameter tree
     names: tuple[str, ...]  # canonical Hugging Face names
     shapes: tuple[Shape, ...]  # theirs
     transpose: bool = False  # Hugging Face keeps matrices as [out, in]
@@ -78,55 +78,49 @@ def table(config: GemmaConfig) -> tuple[Entry, ...]:
     Rule `linear` has its gates in it, as the original gemma-2B-10M stores them; the parameters of the
     other rules have no place in these layouts.
     """
-    width, mlp, dim = config.width, config.mlp_dim, config.head_dim
-    queries, keys = config.num_heads * dim, config.num_kv_heads * dim
-    matrix = (config.vocab_size, width)
+    matrix = (config.vocab_size, config.width)
     entries = [Entry(("embedder", "embedding"), (EMBEDDING,), (matrix,))]
     if not config.tied_embeddings:
         entries.append(Entry(("embedder", "head"), (HEAD,), (matrix,)))
-    entries.append(Entry(("final_norm", "scale"), ("model.norm.weight",), ((width,),)))
+    entries.append(Entry(("final_norm", "scale"), ("model.norm.weight",), ((config.width,),)))
 
-    # Gemma 1 calls the norm before the feed-forward post_attention_layernorm.
-    norms = {"pre_attention_norm": "input_layernorm"}
-    if config.post_norms:
-        norms |= {
-            "post_attention_norm": "post_attention_layernorm",
-            "pre_mlp_norm": "pre_feedforward_layernorm",
-            "post_mlp_norm": "post_feedforward_layernorm",
-        }
-    else:
-        norms |= {"pre_mlp_norm": "post_attention_layernorm"}
-
-    for i, layer_type in enumerate(config.layer_types):
-        ours, theirs = f"layers_{i}", f"model.layers.{i}"
-
-        def linear(path: Path, names: Sequence[str], shapes: Sequence[Shape]) -> Entry:
-            names = tuple(f"{theirs}.{name}.weight" for name in names)  # noqa: B023
-            return Entry((ours, *path), names, tuple(shapes), transpose=True)  # noqa: B023
-
-        def scale(path: Path, name: str, size: int) -> Entry:
-            return Entry((ours, *path, "scale"), (f"{theirs}.{name}.weight",), ((size,),))  # noqa: B023
-
-        projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        entries += [
-            linear(
-                ("attention", "qkv"), projections, ((queries, width), (keys, width), (keys, width))
-            ),
-            linear(("attention", "out"), ("self_attn.o_proj",), ((width, queries),)),
-            linear(("mlp", "gate_up"), ("mlp.gate_proj", "mlp.up_proj"), ((mlp, width),) * 2),
-            linear(("mlp", "down"), ("mlp.down_proj",), ((width, mlp),)),
-            *(scale((norm,), name, width) for norm, name in norms.items()),
-        ]
-        if config.qk_norm:
-            entries += [
-                scale(("attention", "query_norm"), "self_attn.q_norm", dim),
-                scale(("attention", "key_norm"), "self_attn.k_norm", dim),
-            ]
-        if config.memory.rule == "linear" and layer_type == GLOBAL:
-            shape = (1, config.num_heads, 1, 1)
-            path = (ours, "attention", "memory", "gate")
-            entries.append(Entry(path, (theirs + GATE_SUFFIX,), (shape,)))
+    for i in range(config.num_layers):
+        entries += _layer(config, i)
     return tuple(entries)
+
+
+def _layer(config: GemmaConfig, i: int) -> Iterator[Entry]:
+    ours, theirs = f"layers_{i}", f"model.layers.{i}"
+    width, mlp, dim = config.width, config.mlp_dim, config.head_dim
+    queries, keys = (config.num_heads * dim, width), (config.num_kv_heads * dim, width)
+
+    def matrix(path: Place, tensors: Mapping[str, Shape]) -> Entry:
+        names = tuple(f"{theirs}.{name}.weight" for name in tensors)
+        return Entry((ours, *path), names, tuple(tensors.values()), transpose=True)
+
+    def scale(path: Place, name: str, size: int) -> Entry:
+        return Entry((ours, *path, "scale"), (f"{theirs}.{name}.weight",), ((size,),))
+
+    qkv = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
+    gate_up = {"mlp.gate_proj": (mlp, width), "mlp.up_proj": (mlp, width)}
+    yield matrix(("attention", "qkv"), qkv)
+    yield matrix(("attention", "out"), {"self_attn.o_proj": queries[::-1]})
+    yield matrix(("mlp", "gate_up"), gate_up)
+    yield matrix(("mlp", "down"), {"mlp.down_proj": (width, mlp)})
+
+    yield scale(("pre_attention_norm",), "input_layernorm", width)
+    if config.post_norms:
+        yield scale(("post_attention_norm",), "post_attention_layernorm", width)
+        yield scale(("pre_mlp_norm",), "pre_feedforward_layernorm", width)
+        yield scale(("post_mlp_norm",), "post_feedforward_layernorm", width)
+    else:  # Gemma 1 calls the norm before the feed-forward post_attention_layernorm
+        yield scale(("pre_mlp_norm",), "post_attention_layernorm", width)
+    if config.qk_norm:
+        yield scale(("attention", "query_norm"), "self_attn.q_norm", dim)
+        yield scale(("attention", "key_norm"), "self_attn.k_norm", dim)
+    if config.memory.rule == "linear" and config.layer_types[i] == GLOBAL:
+        path = (ours, "attention", "memory", "gate")
+        yield Entry(path, (theirs + GATE_SUFFIX,), ((1, config.num_heads, 1, 1),))
 
 
 def canonical(name: str) -> str | None:
@@ -150,17 +144,16 @@ def check(entries: Iterable[Entry], shapes: Mapping[str, Shape]) -> None:
         for entry in entries
         for name, shape in zip(entry.names, entry.shapes, strict=True)
     }
-    problems = [
-        (f"missing: {_some(sorted(expected.keys() - shapes.keys()))}", expected.keys() - shapes),
-        (f"unexpected: {_some(sorted(shapes.keys() - expected.keys()))}", shapes.keys() - expected),
-    ]
-    wrong = [
-        f"{name} is {list(shapes[name])}, expected {list(expected[name])}"
-        for name in sorted(expected.keys() & shapes.keys())
-        if tuple(shapes[name]) != expected[name]
-    ]
-    problems.append((f"of another shape: {_some(wrong)}", wrong))
-    if found := [text for text, names in problems if names]:
+    problems = {
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "unexpected": sorted(shapes.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} is {list(shapes[name])}, expected {list(expected[name])}"
+            for name in sorted(expected.keys() & shapes.keys())
+            if tuple(shapes[name]) != expected[name]
+        ],
+    }
+    if found := [f"{what}: {_some(names)}" for what, names in problems.items() if names]:
         raise InputError(
             f"The weights are not those that config.json describes ({'; '.join(found)}):"
             " download the model again, or correct its config.json."

@@ -104,8 +104,6 @@ class Weights:
 
     Attributes:
         shapes: shape of every tensor, by name.
-        total_bytes: what they take on disk.
-        largest_shard_bytes: size of the largest file.
     """
 
     def __init__(self, directory: Path):
@@ -116,13 +114,13 @@ class Weights:
             CorruptError: a shard cannot be read.
             UsageError: the weights are torch files, and torch is not installed.
         """
-        self._kind, self._files = _find_files(directory)
-        for file in self._files:
+        self._kind, files = _find_files(directory)
+        for file in files:
             if not file.is_file():
                 raise InputError(f"{file} is missing: download the model again.")
         self._home: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for file in self._files:
+        for file in files:
             for name, shape, dtype in self._kind.describe(file):
                 if name in self._home:
                     raise InputError(f"{name} is in two files: download the model again.")
@@ -131,8 +129,6 @@ class Weights:
                         f"{name} is {dtype}: only {', '.join(sorted(DTYPES))} can be converted."
                     )
                 self._home[name], self.shapes[name] = file, shape
-        sizes = [file.stat().st_size for file in self._files]
-        self.total_bytes, self.largest_shard_bytes = sum(sizes), max(sizes)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its own dtype; nothing of it is held here."""

@@ -118,7 +118,9 @@ def load_params(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     import jax
     from orbax.checkpoint import v1 as ocp
 
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    from gemma_jax.model.state import default_device
+
+    place = jax.sharding.SingleDeviceSharding(default_device())
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), wanted
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import time
@@ -24,6 +25,27 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see {self.prog} --help).\n")
+
+
+def number(kind: Callable[[str], Any]) -> Callable[..., Callable[[str], Any]]:
+    """Makes argument types: `number(int)(1)` accepts whole numbers from 1."""
+
+    def within(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+        def convert(text: str) -> Any:
+            try:
+                value = kind(text)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"{text!r} is not a number of this kind") from None
+            least = value > low if above else value >= low
+            if not (least and value <= high) or value == math.inf:  # NaN is within nothing
+                limits = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                limits = f"above {low} and at most {high}" if above else limits
+                raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {limits}")
+            return value
+
+        return convert
+
+    return within
 
 
 class Console:
@@ -164,8 +186,8 @@ def as_gemma_error(error: Exception) -> GemmaError:
     if isinstance(error, GemmaError):
         return error
     if isinstance(error, OSError):
-        where = error.filename or "A file"
-        return InputError(f"{where} cannot be read or written ({error.strerror or error}).")
+        reason = error.strerror or next(iter(str(error).splitlines()), type(error).__name__)
+        return InputError(f"{error.filename or 'A file'} cannot be read or written ({reason}).")
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return OutOfMemoryError(
             "Out of memory: the weights, the State and one piece of text do not fit; use a"

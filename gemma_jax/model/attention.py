@@ -71,11 +71,11 @@ def attend(
 
 
 def cudnn_takes(head_dim: int) -> bool:
-    """Whether cuDNN's attention runs here; heads wider than 128 need Hopper or later."""
-    if jax.default_backend() != "gpu":
+    """Whether cuDNN's attention runs here: from Ampere on, heads wider than 128 from Hopper on."""
+    device = jax.local_devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return False
-    capability = float(jax.local_devices()[0].compute_capability)
-    return capability >= (9.0 if head_dim > 128 else 8.0)
+    return int(device.compute_capability.split(".")[0]) >= (9 if head_dim > 128 else 8)
 
 
 def local_attention(

@@ -55,9 +55,8 @@ class Embedder(nn.Module):
 
     def encode(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = self.embedding[tokens].astype(self.dtype)
-        return x * jnp.sqrt(jnp.float32(self.width)).astype(
-            self.dtype
-        )  # rounded as the reference does
+        scale = jnp.sqrt(jnp.float32(self.width)).astype(self.dtype)  # rounded as the reference's
+        return x * scale
 
     def decode(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         head = self.embedding if self.tied else self.head

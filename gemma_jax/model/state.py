@@ -94,8 +94,13 @@ def init_state(config: GemmaConfig, batch_size: int = 1) -> State:
     counts = [jnp.zeros((batch_size,), jnp.int32) for _ in range(3)]
     state = State(*counts, layers=tuple(layer(kind) for kind in config.layer_types))
     # Committed to its device as the State that a jitted function returns: it compiles only once.
+    return jax.device_put(state, default_device())
+
+
+def default_device() -> jax.Device:
+    """Where parameters are loaded and a State begins."""
     device = jax.config.jax_default_device or jax.local_devices()[0]
-    return jax.device_put(state, jax.devices(device)[0] if isinstance(device, str) else device)
+    return jax.devices(device)[0] if isinstance(device, str) else device
 
 
 def state_bytes(config: GemmaConfig, batch_size: int = 1) -> int:

@@ -31,6 +31,16 @@ def test_a_changed_byte_is_found_unless_hashes_are_not_wanted(checkpoint):
     gemma_jax.load(checkpoint, verify=False)
 
 
+@pytest.mark.parametrize(
+    "change", [lambda text: text[:50], lambda text: text.replace("24", '"24"')]
+)
+def test_a_damaged_configuration_is_damage(checkpoint, change):
+    file = checkpoint / "config.json"
+    file.write_text(change(file.read_text()))
+    with pytest.raises(CorruptError, match="config.json"):
+        store.read_config(checkpoint)
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_missing_or_shorter_file_is_always_found(checkpoint, verify):
     file = largest(checkpoint / "params")

@@ -181,6 +181,19 @@ def test_the_documented_rule_of_ones_own(tmp_path):
     np.testing.assert_allclose(found, once, rtol=1e-5, atol=1e-5)
 
 
+def test_a_rule_file_may_hold_what_looks_up_its_module(tmp_path):
+    file = tmp_path / "rule.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses\n"
+        "from gemma_jax import MemoryRule\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class Rule(MemoryRule):\n"
+        "    size: int = 3\n"
+    )
+    assert make_rule(tiny_config(rule=f"{file}:Rule")).size == 3
+
+
 @pytest.mark.parametrize(
     "name, sentence",
     [

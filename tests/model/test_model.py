@@ -101,7 +101,7 @@ def test_gated_delta_starts_as_a_no_op_with_live_gradients():
     assert np.isfinite(gate).all() and np.abs(gate).min() > 0
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES[1:])
 def test_every_early_token_changes_the_state(rule):
     """Nothing is truncated: each of the first tokens is known at the end of a long text."""
     config = tiny_config(rule=rule, layer_types=("global",))
@@ -115,12 +115,8 @@ def test_every_early_token_changes_the_state(rule):
     changed = np.repeat(tokens, len(at), axis=0)
     changed[np.arange(len(at)), at] = (changed[np.arange(len(at)), at] + 1) % config.vocab_size
     original, changed = final(tokens), final(changed)
-    memory = changed.layers[0].memory
-    if rule == "off":
-        assert not memory
-        return
-    differs = np.abs(np.asarray(memory["M"]) - np.asarray(original.layers[0].memory["M"]))
-    assert (differs.max(axis=(1, 2, 3)) > 0).all()
+    found, expected = (np.asarray(s.layers[0].memory["M"]) for s in (changed, original))
+    assert (np.abs(found - expected).max(axis=(1, 2, 3)) > 0).all()
 
 
 def test_axes_are_named_for_every_parameter_and_field():

@@ -174,6 +174,11 @@ def test_peak_memory_does_not_grow_with_the_text():
     assert long - short < 8 * 64 * 256 + 4096  # the tokens themselves, and their indices
 
 
+def test_a_state_begins_on_the_default_device():
+    with jax.default_device("cpu"):  # a name, as JAX_DEFAULT_DEVICE gives it
+        assert gemma_jax.init_state(tiny_config()).length.devices() == {jax.devices("cpu")[0]}
+
+
 def test_the_state_given_is_consumed():
     config, params, tokens, _, _ = read_at_once("gated_delta", FORMS[0])
     state = gemma_jax.init_state(config, 2)
