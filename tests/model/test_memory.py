@@ -96,6 +96,20 @@ def test_what_is_masked_leaves_no_trace(rule):
         np.testing.assert_allclose(after[name][2:], alone[name], rtol=1e-6)
 
 
+def test_a_row_without_a_segment_keeps_its_memory_whatever_the_rule_does():
+    class Careless(MemoryRule):
+        def write(self, memory, features, mask):
+            return {"count": memory["count"] + 1}
+
+    segments = {"key": jnp.ones((3, 2, 8, 2, 8))}
+    present = jnp.array([[True, False], [False, False], [True, True]])
+    after, before = write_segments(
+        Careless(tiny_config()), {"count": jnp.zeros((2, 2))}, segments, present
+    )
+    assert after["count"].tolist() == [[2, 2], [1, 1]]
+    assert before["count"][:, :, 0].tolist() == [[0, 0], [1, 0], [1, 0]]
+
+
 @pytest.mark.parametrize("rule", ["linear", "delta"])
 def test_an_empty_memory_reads_zero_and_has_a_gradient(rule):
     made = make_rule(tiny_config(rule=rule))
