@@ -40,9 +40,7 @@ def prefill(
     """
 
     def keep_last(carry, hidden, first, count):
-        at = jnp.maximum(first + count - 1, 0)[:, None, None]
-        last = jnp.take_along_axis(hidden, at, axis=1)[:, 0]
-        return jnp.where(count[:, None] > 0, last, carry), None
+        return jnp.where(count[:, None] > 0, hidden[:, 0], carry), None
 
     nothing = jnp.full((tokens.shape[0], config.width), jnp.nan, config.dtype)
     last, _, state = scan_steps(
@@ -54,5 +52,6 @@ def prefill(
         config=config,
         lengths=lengths,
         step_tokens=chunk_tokens,
+        last_only=True,
     )
     return logits(params, last, config=config), state

@@ -14,6 +14,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from gemma_jax.config import Rope
+from gemma_jax.model.kernels import (
+    AMPERE,
+    HOPPER,
+    compute_capability,
+    wants_hopper,
+    with_gradient_of,
+)
 from gemma_jax.model.state import Span
 
 Heads = Float[Array, "B T H C"]
@@ -72,10 +79,7 @@ def attend(
 
 def cudnn_takes(head_dim: int) -> bool:
     """Whether cuDNN's attention runs here: from Ampere on, heads wider than 128 from Hopper on."""
-    device = jax.local_devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-        return False
-    return int(device.compute_capability.split(".")[0]) >= (9 if head_dim > 128 else 8)
+    return compute_capability() >= (HOPPER if head_dim > 128 else AMPERE)
 
 
 def local_attention(
@@ -107,28 +111,53 @@ def local_attention(
     if not span.whole_segments:
         positions = jnp.minimum(positions + span.fill[:, None], keys.shape[1])
     q = rotate(q, cosine[positions], sine[positions])
+    if sink is not None:
+        # The sink stands just before the window, for each of the windows.
+        at = np.arange(span.num_segments) * span.segment_length
+        sink = rotate(sink[0].repeat(len(at), 1), cosine[at], sine[at]), sink[1]
 
+    attention = functools.partial(
+        _attention_by_masks, history=history, window=window, scale=scale, softcap=softcap
+    )
+    plain = (window, softcap, q.dtype) == (None, None, jnp.bfloat16) and sink is not None
+    if plain and _kernel_takes(span, history, q.shape[-1]):
+        kernel = functools.partial(_attention_by_kernel, history=history, scale=scale)
+        attention = with_gradient_of(attention, kernel)
+    return attention(q, keys, values, sink, span)
+
+
+def _attention_by_masks(
+    q: Heads,
+    keys: Array,
+    values: Array,
+    sink: tuple[Float[Array, "B N K C"], KVHeads] | None,
+    span: Span,
+    *,
+    history: int,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Heads:
+    """Attention of each segment over its window cut out of the streams."""
+    starts = [n * span.segment_length for n in range(span.num_segments)]
     if span.whole_segments:
         length = history + span.segment_length
-        starts = [n * span.segment_length for n in range(span.num_segments)]
         q = q.reshape(-1, span.segment_length, *q.shape[2:])
         windows = [_windows(x, starts, length) for x in (keys, values)]
     else:
-        length, starts = keys.shape[1], [0]
+        length = keys.shape[1]
         windows = [keys, values]
     mask = _window_mask(span, jnp.asarray(starts), length, history, window)
     if sink is not None:
-        # The sink stands just before the window, for each of the windows.
-        at = np.asarray(starts)
-        sink_keys = rotate(sink[0].repeat(len(starts), 1), cosine[at], sine[at])
-        sink_values = sink[1].repeat(len(starts), 1)
+        sink_keys, sink_values = sink[0], sink[1].repeat(len(starts), 1)
         fold = (-1, 1, *sink_keys.shape[2:])
         windows = [
             jnp.concatenate([first.reshape(fold), rest], axis=1)
             for first, rest in zip((sink_keys, sink_values), windows, strict=True)
         ]
-        gone = span.past[:, None] + jnp.asarray(starts) > history  # the first token left the window
-        gone = jnp.broadcast_to(gone.reshape(-1, 1, 1), (*mask.shape[:2], 1))
+        gone = jnp.broadcast_to(
+            _sink_is_seen(span, history).reshape(-1, 1, 1), (*mask.shape[:2], 1)
+        )
         mask = jnp.concatenate([gone, mask], axis=2)
     use_cudnn = (
         span.whole_segments
@@ -138,6 +167,52 @@ def local_attention(
     )
     out = attend(q, *windows, mask, scale=scale, softcap=softcap, use_cudnn=use_cudnn)
     return out.reshape(-1, span.slots, *out.shape[2:])
+
+
+def _kernel_takes(span: Span, history: int, head_dim: int) -> bool:
+    if not (span.whole_segments and wants_hopper()):
+        return False
+    from gemma_jax.model.kernels import attention as kernel
+
+    return kernel.takes(span.segment_length, history, head_dim)
+
+
+def _attention_by_kernel(
+    q: Heads,
+    keys: Array,
+    values: Array,
+    sink: tuple[Float[Array, "B N K C"], KVHeads],
+    span: Span,
+    *,
+    history: int,
+    scale: float,
+) -> Heads:
+    """The same without cutting and masking."""
+    from gemma_jax.model.kernels import attention as kernel
+
+    sink_keys, sink_values = sink
+    batch, kv_heads = keys.shape[0], keys.shape[2]
+    grouped = q.reshape(batch, span.num_segments, span.segment_length, kv_heads, -1, q.shape[-1])
+    scores = scale * jnp.einsum(
+        "BNSKGC,BNKC->BKGNS", grouped, sink_keys, preferred_element_type=jnp.float32
+    )
+    seen = _sink_is_seen(span, history)[:, None, None, :, None]
+    scores = jnp.where(seen, scores, kernel.NOTHING).reshape(batch, q.shape[2], -1)
+    return kernel.segment_attention(
+        q,
+        keys,
+        values,
+        scores,
+        sink_values[:, 0],
+        jnp.maximum(history - span.past, 0),
+        segment_length=span.segment_length,
+        scale=scale,
+    )
+
+
+def _sink_is_seen(span: Span, history: int) -> Bool[Array, "B N"]:
+    """By segment: whether the first token has left the window, and is seen as the sink."""
+    return span.past[:, None] + jnp.arange(span.num_segments) * span.segment_length > history
 
 
 def _windows(stream: Float[Array, "B L K C"], starts: list[int], length: int) -> Array:

@@ -1,11 +1,14 @@
 """The plain parts of Gemma: declared parameters, norm, embedding, feed-forward."""
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from gemma_jax.model.kernels import wants_hopper, with_gradient_of
 
 INIT = nn.initializers.normal(0.02)
 
@@ -76,5 +79,25 @@ class FeedForward(nn.Module):
         width = x.shape[-1]
         gate_up = declare(self, "gate_up", ("embed", "mlp"), (width, 2 * self.mlp_dim), self.dtype)
         down = declare(self, "down", ("mlp", "embed"), (self.mlp_dim, width), self.dtype)
-        gate, up = jnp.split(x @ gate_up.astype(self.dtype), 2, axis=-1)
-        return (nn.gelu(gate, approximate=True) * up) @ down.astype(self.dtype)
+        return geglu(x, gate_up.astype(self.dtype)) @ down.astype(self.dtype)
+
+
+def geglu(x: Float[Array, "B T D"], gate_up: Float[Array, "D M2"]) -> Float[Array, "B T M"]:
+    """gelu(x Wg) * (x Wu) with the tanh approximation of GELU."""
+    (*tokens, width), mlp_dim = x.shape, gate_up.shape[-1] // 2
+
+    def plain(x: Array, gate_up: Array) -> Array:
+        gate, up = jnp.split(x @ gate_up, 2, axis=-1)
+        return nn.gelu(gate, approximate=True) * up
+
+    if x.dtype != jnp.bfloat16 or not wants_hopper():
+        return plain(x, gate_up)
+    from gemma_jax.model.kernels import geglu as kernel
+
+    if not kernel.takes(math.prod(tokens), width, mlp_dim):
+        return plain(x, gate_up)
+
+    def fused(x: Array, gate_up: Array) -> Array:
+        return kernel.geglu(x.reshape(-1, width), gate_up).reshape(*tokens, mlp_dim)
+
+    return with_gradient_of(plain, fused)(x, gate_up)

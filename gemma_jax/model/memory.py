@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float
 
 from gemma_jax.config import GLOBAL, GemmaConfig
 from gemma_jax.errors import GemmaError, UsageError
+from gemma_jax.model import kernels
 
 Memory = dict[str, Array]
 Features = dict[str, Array]
@@ -203,15 +204,24 @@ class GatedDelta(MemoryRule):
         }
 
     def read(self, p, memory, q, attended):
-        found = einsum("BTKGF,BKFC->BTKGC", l2_normalize(self.grouped(q)), memory["M"])
-        found = found * jax.lax.rsqrt(jnp.mean(found**2, axis=-1, keepdims=True) + EPS)
-        gate = p["gate"].astype(jnp.float32)[:, None]
-        return (attended + gate * found.reshape(attended.shape)).astype(attended.dtype)
+        def plain(q, attended, M, gate):
+            found = einsum("BTKGF,BKFC->BTKGC", l2_normalize(self.grouped(q)), M)
+            found = found * jax.lax.rsqrt(jnp.mean(found**2, axis=-1, keepdims=True) + EPS)
+            found = gate[:, None] * found.reshape(attended.shape)
+            return (attended + found).astype(attended.dtype)
+
+        read = plain
+        if q.dtype == jnp.bfloat16 and kernels.wanted(kernels.AMPERE):
+            from gemma_jax.model.kernels import read as kernel
+
+            if kernel.takes(q.shape[1], q.shape[2] // self.config.num_kv_heads, q.shape[3]):
+                fused = functools.partial(kernel.add_normalized_read, eps=EPS)
+                read = kernels.with_gradient_of(plain, fused)
+        return read(q, attended, memory["M"], p["gate"].astype(jnp.float32))
 
     def prepare(self, features, mask):
         gate = jnp.where(mask[..., None], features["write"], 0.0)
-        key = l2_normalize(features["key"].astype(jnp.float32))
-        keep, add = delta_map(key, features["value"].astype(jnp.float32), gate)
+        keep, add = delta_map(features["key"], features["value"], gate)
         return {"keep": keep, "add": add, "written": gate.sum(axis=1)}
 
     def write(self, memory, features, mask):
@@ -234,12 +244,24 @@ def delta_map(
 ) -> tuple[Float[Array, "B K F F"], Float[Array, "B K F C"]]:
     """What S tokens do to any memory M by M_t = M_{t-1} + g_t k_t (v_t - k_t M_{t-1})^T.
 
-    All of them together are affine in M: the result is (keep, add), and M becomes keep M + add. A gate
-    of 0 keeps exactly. Within a block the tokens' corrections solve a unit lower triangular system
-    (the WY form of Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule",
+    Keys are L2-normalised first. All tokens together are affine in M: the result is (keep, add), and M
+    becomes keep M + add. A gate of 0 keeps exactly.
+    """
+    if key.dtype == jnp.bfloat16 and kernels.wanted(kernels.AMPERE):
+        from gemma_jax.model.kernels import delta as kernel
+
+        if kernel.takes(key.shape[-1], value.shape[-1]):
+            return kernels.with_gradient_of(_delta_map, _delta_map_by_kernel)(key, value, gate)
+    return _delta_map(key, value, gate)
+
+
+def _delta_map(key: Array, value: Array, gate: Array) -> tuple[Array, Array]:
+    """`delta_map` by blocks: within a block the tokens' corrections solve a unit lower triangular
+    system (the WY form of Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule",
     equations 10 and 11). It is solved by substitution: powers of its matrix overflow when keys are
     nearly equal. The maps of blocks are then joined in pairs. Everything is float32.
     """
+    key, value = l2_normalize(key.astype(jnp.float32)), value.astype(jnp.float32)
     count = 1 << (-(-key.shape[1] // BLOCK) - 1).bit_length()  # of blocks; a power of two
     pad = count * BLOCK - key.shape[1]
 
@@ -261,6 +283,19 @@ def delta_map(
         add = einsum("nBKFG,nBKGC->nBKFC", keep[1::2], add[0::2]) + add[1::2]
         keep = einsum("nBKFG,nBKGH->nBKFH", keep[1::2], keep[0::2])
     return keep[0], add[0]
+
+
+def _delta_map_by_kernel(key: Array, value: Array, gate: Array) -> tuple[Array, Array]:
+    from gemma_jax.model.kernels import delta as kernel
+
+    def by_head(x: Array) -> Array:  # [B, S, K, ...] -> [B*K, S, ...]
+        x = jnp.moveaxis(x, 2, 1)
+        return x.reshape(-1, *x.shape[2:])
+
+    batch, kv_heads = key.shape[0], key.shape[2]
+    length = jnp.sqrt(jnp.sum(jnp.square(key.astype(jnp.float32)), axis=-1) + EPS)
+    maps = kernel.delta_map(*map(by_head, (key, length, value, gate)))
+    return tuple(x.reshape(batch, kv_heads, *x.shape[1:]) for x in maps)
 
 
 def _divide(found: Array, total: Array) -> Array:

@@ -43,12 +43,14 @@ def scan_steps(
     lengths: Int[Array, " B"] | None = None,
     step_tokens: int | None = None,
     remat: bool = False,
+    last_only: bool = False,
 ) -> tuple[Any, Any, State]:
     """Reads right-padded tokens step by step, showing each step's hidden states to `visit`.
 
     Args:
         visit: (carry, hidden [B, slots, D], first [B], count [B]) -> (carry, y), where the row's new
-            tokens stand in the slots first to first + count.
+            tokens stand in the slots first to first + count; with `last_only`, hidden [B, 1, D] is
+            that of the last of them.
         lengths: tokens of each row; all T by default.
         remat: recompute each step in the backward pass.
 
@@ -66,7 +68,7 @@ def scan_steps(
     if lengths is None:
         lengths = jnp.full((batch,), total, jnp.int32)
     lengths = jnp.clip(jnp.asarray(lengths, jnp.int32), 0, total)
-    apply = functools.partial(Transformer(config).apply, {"params": params})
+    apply = functools.partial(Transformer(config).apply, {"params": params}, last_only=last_only)
     if remat:
         apply = jax.checkpoint(apply)
 

@@ -52,9 +52,16 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], state: LayerState, span: Span
-    ) -> tuple[Float[Array, "B T D"], LayerState]:
-        """Returns the output, and the layer's streams with memory up to date (see `settle_layer`)."""
+        self,
+        x: Float[Array, "B T D"],
+        state: LayerState,
+        span: Span,
+        only: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B _ D"], LayerState]:
+        """Returns the output, and the layer's streams with memory up to date (see `settle_layer`).
+
+        With `only`, a slot of each row, the output [B, 1, D] is that of these slots.
+        """
         config, dim = self.config, self.config.head_dim
         heads, kv_heads = config.num_heads, config.num_kv_heads
         shape = (config.width, (heads + 2 * kv_heads) * dim)
@@ -69,23 +76,32 @@ class Attention(nn.Module):
             k = RMSNorm(config.norm_eps, config.dtype, "head_dim", name="key_norm")(k)
 
         state = self._remember_sink(state, k, v, span)
-        keys, values = lay(state.keys, k, span), lay(state.values, v, span)
-        state = state.replace(keys=keys, values=values)
+        state = state.replace(keys=lay(state.keys, k, span), values=lay(state.values, v, span))
+        recurrent = self.layer_type == GLOBAL
+        rule = memory_lib.make_rule(config)
+        p = MemoryParams(rule, name="memory")() if recurrent and rule.params() else {}
+        before = jax.tree.map(lambda leaf: leaf[None], state.memory)
+        if recurrent:
+            before, state = self._remember(rule, rule.features(p, x, q, k, v), state, span)
+        keys, values, history = state.keys, state.values, history_length(config, self.layer_type)
+        if only is not None:
+            q = jnp.take_along_axis(q, only[:, None, None, None], axis=1)
+            keys, values, before, span = look_at(only, keys, values, before, span, history)
         attended = local_attention(
             q,
             keys,
             values,
             (state.sink_key, state.sink_value) if state.sink_key is not None else None,
             span,
-            history=history_length(config, self.layer_type),
+            history=history,
             window=config.sliding_window if self.layer_type == SLIDING else None,
             rope=config.rope(self.layer_type),
             scale=config.query_scale,
             softcap=config.attention_softcap,
         )
-        if self.layer_type == GLOBAL:
-            attended, state = self._use_memory(x, q, k, v, attended, state, span)
-        attended = attended.reshape(*x.shape[:2], -1)
+        if recurrent:
+            attended = self._read(rule, p, before, q, attended)
+        attended = attended.reshape(*attended.shape[:2], -1)
         return attended @ out.astype(config.dtype), state
 
     def _remember_sink(self, state: LayerState, k: Array, v: Array, span: Span) -> LayerState:
@@ -97,29 +113,34 @@ class Attention(nn.Module):
             sink_value=jnp.where(starts, v[:, :1], state.sink_value),
         )
 
-    def _use_memory(
-        self, x: Array, q: Array, k: Array, v: Array, attended: Array, state: LayerState, span: Span
-    ) -> tuple[Array, LayerState]:
-        """Reads memory as it stood at each segment's start; writes segments as they leave sight."""
-        rule = memory_lib.make_rule(self.config)
-        p = MemoryParams(rule, name="memory")() if rule.params() else {}
-        features = rule.features(p, x, q, k, v)
+    def _remember(
+        self, rule: memory_lib.MemoryRule, features: dict[str, Array], state: LayerState, span: Span
+    ) -> tuple[dict[str, Array], LayerState]:
+        """Writes segments as they leave sight; returns memory at each segment's start, [N, B, ...]."""
         features = {name: lay(state.features[name], new, span) for name, new in features.items()}
         state = state.replace(features=features)
+        if not span.whole_segments:  # nothing leaves sight before `settle_layer`
+            return jax.tree.map(lambda leaf: leaf[None], state.memory), state
+        memory, before = memory_lib.write_segments(
+            rule, state.memory, *leaving_segments(self.config, state, span)
+        )
+        return before, state.replace(memory=memory)
+
+    def _read(
+        self, rule: memory_lib.MemoryRule, p: Params, before: Params, q: Array, attended: Array
+    ) -> Array:
+        """Reads memory as it stood at each segment's start."""
+        if not before:
+            return attended
+        number = jax.tree.leaves(before)[0].shape[0]
+
+        def by_segment(y: Array) -> Array:
+            return jnp.moveaxis(y.reshape(y.shape[0], number, -1, *y.shape[2:]), 1, 0)
+
         with jax.default_matmul_precision("highest"):
-            if not span.whole_segments:
-                return rule.read(p, state.memory, q, attended), state
-            memory, before = memory_lib.write_segments(
-                rule, state.memory, *leaving_segments(self.config, state, span)
-            )
-
-            def by_segment(y: Array) -> Array:
-                y = y.reshape(y.shape[0], -1, span.segment_length, *y.shape[2:])
-                return jnp.moveaxis(y, 1, 0)
-
             read = jax.vmap(functools.partial(rule.read, p))
             mixed = read(before, by_segment(q), by_segment(attended))
-        return jnp.moveaxis(mixed, 0, 1).reshape(attended.shape), state.replace(memory=memory)
+        return jnp.moveaxis(mixed, 0, 1).reshape(attended.shape)
 
 
 class Block(nn.Module):
@@ -130,15 +151,22 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], state: LayerState, span: Span
-    ) -> tuple[Float[Array, "B T D"], LayerState]:
+        self,
+        x: Float[Array, "B T D"],
+        state: LayerState,
+        span: Span,
+        only: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B _ D"], LayerState]:
+        """With `only`, a slot of each row, the output [B, 1, D] is that of these slots."""
         config = self.config
 
         def norm(name: str, y: Array) -> Array:
             return RMSNorm(config.norm_eps, config.dtype, name=name)(y)
 
         attention = Attention(config, self.layer_type, name="attention")
-        y, state = attention(norm("pre_attention_norm", x), state, span)
+        y, state = attention(norm("pre_attention_norm", x), state, span, only)
+        if only is not None:
+            x = jnp.take_along_axis(x, only[:, None, None], axis=1)
         x = x + (norm("post_attention_norm", y) if config.post_norms else y)
         y = FeedForward(config.mlp_dim, config.dtype, name="mlp")(norm("pre_mlp_norm", x))
         x = x + (norm("post_mlp_norm", y) if config.post_norms else y)
@@ -159,14 +187,21 @@ class Transformer(nn.Module):
         self.final_norm = RMSNorm(config.norm_eps, config.dtype)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], state: State, count: Int[Array, " B"] | None = None
-    ) -> tuple[Float[Array, "B T D"], State]:
+        self,
+        tokens: Int[Array, "B T"],
+        state: State,
+        count: Int[Array, " B"] | None = None,
+        *,
+        last_only: bool = False,
+    ) -> tuple[Float[Array, "B _ D"], State]:
         """One step over T slots; see `state.Span` for where its tokens must stand.
 
         Args:
             tokens: T < S tokens that fit into the current segment, or whole segments, whose first
                 `state.fill` slots are ignored.
             count: new tokens of each row; all slots by default.
+            last_only: whether hidden states are wanted of each row's last new token alone, [B, 1, D];
+                then the last layer computes nothing else.
         """
         segment_length = self.config.memory.segment_length
         slots = tokens.shape[1]
@@ -174,9 +209,11 @@ class Transformer(nn.Module):
             count = slots - (state.fill if slots >= segment_length else 0) + 0 * state.fill
         span = Span(state.fill, state.past, count, slots, segment_length)
         x = self.embedder.encode(tokens)
+        last = jnp.maximum(span.first + count - 1, 0) if last_only else None
         layers = []
-        for block, layer in zip(self.layers, state.layers, strict=True):
-            x, layer = block(x, layer, span)
+        for i, (block, layer) in enumerate(zip(self.layers, state.layers, strict=True)):
+            only = last if i == self.config.num_layers - 1 else None
+            x, layer = block(x, layer, span, only)
             layers.append(layer)
         return self.final_norm(x), advance(self.config, state, tuple(layers), span)
 
@@ -188,6 +225,26 @@ class Transformer(nn.Module):
 
     def logits_of_all(self, tokens: Array, state: State) -> Array:
         return self.logits(self(tokens, state)[0])
+
+
+def look_at(
+    only: Int[Array, " B"], keys: Array, values: Array, before: Params, span: Span, history: int
+) -> tuple[Array, Array, Params, Span]:
+    """The window of one slot of each row, memory at its segment's start, and a span of that slot."""
+    length = span.segment_length
+    n = only // length if span.whole_segments else jnp.zeros_like(only)
+
+    def window(stream: Array) -> Array:
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=history + length)
+        return jax.vmap(cut)(stream, n * length)
+
+    before = jax.tree.map(
+        lambda leaf: jnp.take_along_axis(leaf, n.reshape(1, -1, *[1] * (leaf.ndim - 2)), axis=0),
+        before,
+    )
+    at = only if span.whole_segments else span.fill + only
+    one = Span(at - n * length, span.past + n * length, jnp.ones_like(n), 1, length)
+    return window(keys), window(values), before, one
 
 
 def leaving_segments(

@@ -1,0 +1,41 @@
+"""Kernels for NVIDIA GPUs, written in Pallas; each does what a few lines of the model say, faster.
+
+Those lines stay where they are: they run on every other device, give the gradient, and are what the
+kernels are tested against. `GEMMA_JAX_KERNELS=off` in the environment leaves the kernels out.
+"""
+
+import os
+from collections.abc import Callable
+
+import jax
+
+AMPERE, HOPPER = 8, 9  # compute capabilities
+
+
+def compute_capability() -> int:
+    """Of the NVIDIA GPU that programs run on; 0 where there is none."""
+    device = jax.local_devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return 0
+    return int(device.compute_capability.split(".")[0])
+
+
+def wanted(capability: int) -> bool:
+    """Whether kernels that need this capability are to be used here."""
+    return os.environ.get("GEMMA_JAX_KERNELS", "on") != "off" and compute_capability() >= capability
+
+
+def wants_hopper() -> bool:
+    """Whether kernels for Hopper alone (its `wgmma` is in no other generation) are to be used here."""
+    return wanted(HOPPER) and compute_capability() == HOPPER
+
+
+def with_gradient_of(plain: Callable, kernel: Callable) -> Callable:
+    """`kernel`, differentiated as `plain`, which computes the same."""
+
+    @jax.custom_vjp
+    def function(*args):
+        return kernel(*args)
+
+    function.defvjp(lambda *args: jax.vjp(plain, *args), lambda vjp, gradient: vjp(gradient))
+    return function

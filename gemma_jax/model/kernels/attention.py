@@ -1,0 +1,207 @@
+"""Attention of segments over their windows, for Hopper GPUs.
+
+All segments of a step read one stream of keys [history P | slots]: a query of segment n sees the
+stream from n S on, up to itself. Nothing is cut out, masked or padded for it, and what is invisible
+is not computed. The sink enters as the softmax's first term. Mosaic GPU (Pallas): one warpgroup
+streams keys and values in, two work on 64 queries each and take turns at the tensor cores
+(FlashAttention-3, Shah et al. 2024).
+"""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+QUERIES, KEYS = 64, 64  # of a warpgroup, and of one step
+STAGES = 2  # steps whose keys and values are in flight
+COMPUTE = 2  # warpgroups
+NOTHING = -1e30  # stands for a score of minus infinity, without its arithmetic
+
+
+def takes(segment_length: int, history: int, head_dim: int) -> bool:
+    """Whether the kernel divides these shapes evenly."""
+    return (
+        segment_length % (COMPUTE * QUERIES) == 0 and history % KEYS == 0 and head_dim in (128, 256)
+    )
+
+
+def segment_attention(
+    q: Float[Array, "B T H C"],
+    keys: Float[Array, "B L K C"],
+    values: Float[Array, "B L K C"],
+    sink_scores: Float[Array, "B H T"],
+    sink_values: Float[Array, "B K C"],
+    first: Int[Array, " B"],
+    *,
+    segment_length: int,
+    scale: float,
+) -> Float[Array, "B T H C"]:
+    """Softmax attention; bfloat16 with float32 sums.
+
+    Args:
+        q: rotated queries of whole segments.
+        keys, values: the stream [history | T slots], keys rotated.
+        sink_scores: q k scale of the sink in float32, or `NOTHING` where it is not seen.
+        sink_values: value of the sink.
+        first: place in the stream of the first key there is; a multiple of 64.
+        scale: of the scores.
+    """
+    batch, length, heads, dim = q.shape
+    history, group = keys.shape[1] - length, heads // keys.shape[2]
+    layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    log2e = math.log2(math.e)
+
+    def kernel(
+        q_ref, k_ref, v_ref, score_ref, sink_ref, first_ref, out_ref,
+        q_tiles, k_tiles, v_tiles, scores, sink, q_full, k_full, v_full, k_empty, v_empty, turn
+    ):  # fmt: skip
+        row, head = lax.axis_index("row"), lax.axis_index("head")
+        warpgroup = lax.axis_index("warpgroup")
+        kv_head = lax.div(head, jnp.int32(group))
+        tile = lax.axis_index("tile") * (COMPUTE * QUERIES)
+        begin = lax.div(tile, jnp.int32(segment_length)) * segment_length
+        begin = lax.div(lax.max(begin, first_ref[row]), jnp.int32(KEYS))  # in steps
+        end = lax.div(history + tile + COMPUTE * QUERIES, jnp.int32(KEYS))
+        steps = end - begin
+        plain = steps - COMPUTE * QUERIES // KEYS  # steps of which every query sees all keys
+
+        @pl.when(warpgroup == COMPUTE)
+        def load():
+            plgpu.set_max_registers(40, action="decrease")
+
+            @pl.loop(0, steps)
+            def step(at):
+                slot = lax.rem(at, jnp.int32(STAGES))
+                part = (row, pl.ds((begin + at) * KEYS, KEYS), kv_head)
+                for ref, tiles, full, empty in (
+                    (k_ref, k_tiles, k_full, k_empty),
+                    (v_ref, v_tiles, v_full, v_empty),
+                ):
+
+                    @pl.when(at >= STAGES)
+                    def wait(empty=empty):
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    plgpu.copy_gmem_to_smem(ref.at[part], tiles.at[slot], full.at[slot])
+
+        @pl.when(warpgroup < COMPUTE)
+        def compute():
+            plgpu.set_max_registers(232, action="increase")
+            q_tile = q_tiles.at[warpgroup]
+            start = tile + warpgroup * QUERIES
+
+            def take_turns():
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(turn)
+
+            own = pl.ds(start, QUERIES)
+            arrived = q_full.at[warpgroup]
+            plgpu.copy_gmem_to_smem(q_ref.at[row, own, head], q_tile, arrived)
+            plgpu.copy_gmem_to_smem(score_ref.at[row, head, own], scores.at[warpgroup], arrived)
+            plgpu.copy_gmem_to_smem(sink_ref.at[row, kv_head], sink.at[warpgroup], arrived)
+            plgpu.barrier_wait(arrived)
+
+            by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+            best = _load(scores.at[warpgroup], by_row) * log2e
+            total = plgpu.layout_cast(jnp.full((QUERIES,), 1.0, jnp.float32), by_row)
+            out = _load(sink.at[warpgroup], by_column)
+            out = lax.broadcast_in_dim(out, (QUERIES, dim), (1,))
+            plgpu.barrier_wait(k_full.at[0])
+            pl.when(warpgroup == 1)(take_turns)
+
+            def step(at, carry, *, causal):
+                out, best, total = carry
+                slot = lax.rem(at, jnp.int32(STAGES))
+
+                def score(result):
+                    plgpu.wgmma(result, q_tile, plgpu.transpose_ref(k_tiles.at[slot], (1, 0)))
+                    take_turns()
+                    return result[...]
+
+                found = pl.run_scoped(score, plgpu.ACC((QUERIES, KEYS), jnp.float32))
+                plgpu.barrier_arrive(k_empty.at[slot])
+                if causal:
+                    shape = (QUERIES, KEYS)
+                    query = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+                    key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+                    seen = query + (history + start) >= key + (begin + at) * KEYS
+                    found = jnp.where(seen, found, NOTHING)
+                new = jnp.maximum(best, found.max(axis=1) * (scale * log2e))
+                shrink = jnp.exp2(best - new)
+                weight = jnp.exp2(
+                    found * (scale * log2e) - lax.broadcast_in_dim(new, found.shape, (0,))
+                )
+                out = out * lax.broadcast_in_dim(shrink, out.shape, (0,))
+                narrow = weight.astype(q.dtype)
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(v_full.at[slot])
+                plgpu.barrier_wait(turn)
+                total = total * shrink + weight.sum(axis=1)
+
+                def meanwhile():
+                    @pl.when(at + 1 < steps)
+                    def wait():
+                        plgpu.barrier_wait(k_full.at[lax.rem(at + 1, jnp.int32(STAGES))])
+
+                out = _accumulate(out, narrow, v_tiles.at[slot], meanwhile)
+                plgpu.barrier_arrive(v_empty.at[slot])
+                return out, new, total
+
+            carry = (out, best, total)
+            carry = lax.fori_loop(0, plain, lambda at, c: step(at, c, causal=False), carry)
+            carry = lax.fori_loop(plain, steps, lambda at, c: step(at, c, causal=True), carry)
+            pl.when(warpgroup == 0)(take_turns)
+            out, _, total = carry
+            out = out * lax.broadcast_in_dim(1.0 / total, out.shape, (0,))
+            q_tile[...] = out.astype(q.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_tile, out_ref.at[row, own, head])
+            plgpu.wait_smem_to_gmem(0)
+
+    def body(*refs):
+        def tiles_of(*shape):
+            return plgpu.SMEM((*shape, dim), q.dtype, transforms=layout)
+
+        pl.run_scoped(
+            lambda *scratch: kernel(*refs, *scratch),
+            tiles_of(COMPUTE, QUERIES),
+            tiles_of(STAGES, KEYS),
+            tiles_of(STAGES, KEYS),
+            plgpu.SMEM((COMPUTE, QUERIES), jnp.float32),
+            plgpu.SMEM((COMPUTE, dim), jnp.float32),
+            plgpu.Barrier(num_arrivals=3, num_barriers=COMPUTE),
+            *[plgpu.Barrier(num_barriers=STAGES)] * 2,
+            *[plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES)] * 2,
+            plgpu.Barrier(num_arrivals=COMPUTE),
+            collective_axes="warpgroup",
+        )
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(heads, length // (COMPUTE * QUERIES), batch),
+        grid_names=("head", "tile", "row"),
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(q, keys, values, sink_scores, sink_values.astype(jnp.float32), first)
+
+
+def _accumulate(out, weight, values, meanwhile):
+    """out + weight values, with `weight` in registers."""
+
+    def add(accumulator):
+        plgpu.wgmma(accumulator, weight, values)
+        meanwhile()
+
+    return pl.run_state(add)(plgpu.ACC.init(out))
+
+
+def _load(ref, layout):
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # before jax 0.12
+    return plgpu.load(ref, *index, layout=layout)
