@@ -65,10 +65,11 @@ def answer(options: argparse.Namespace) -> None:
 
 def load(options: argparse.Namespace, console: Any) -> Any:
     """Loads the model, and says before what that will take."""
-    from gemma_jax import demo
+    from gemma_jax import cache, demo
     from gemma_jax.checkpoint import store
     from gemma_jax.inference import notices
 
+    cache.keep_compiled_programs()
     if options.model is None:
         console.warning(notices.RANDOM_MODEL)
     path = options.model or demo.checkpoint()

@@ -1,6 +1,6 @@
-"""How fast and how large: `python -m gemma_jax.benchmark prefill --preset gemma-2b --tokens 1M`.
+"""How fast and how large: `python -m gemma_jax.benchmark prefill decode --preset gemma-2b --tokens 1M`.
 
-Reads fresh random tokens, or decodes after them, with random weights of a published shape (or a
+Reads fresh random tokens, and decodes after them, with random weights of a published shape (or a
 converted model), through the functions that `run.py` uses. What the device does at best is measured
 in the same run, last, so that peak memory is that of the model.
 """
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_jax.cache import keep_compiled_programs
 from gemma_jax.config import PRESETS, GemmaConfig
 
 MATMUL_SIZES = (4096, 8192, 16_384)
@@ -52,16 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def benchmark(options: argparse.Namespace) -> None:
     """Prints a table of figures, and writes them to `--output`."""
-    config, params = load(options)
-    kinds = {"prefill": prefill, "decode": decode}
-    records = []
-    for name, unit, repeats in (*kinds[options.what](options, config, params), *ceilings()):
-        value = statistics.median(repeats)
-        spread = f"  ({min(repeats):,.4g} to {max(repeats):,.4g})" if len(repeats) > 1 else ""
-        print(f"{name:<44} {value:>16,.4g} {unit}{spread}", flush=True)
-        records.append(make_record(name, value, unit, repeats))
+    run = Run(options, *load(options))
+    kinds = {"prefill": run.prefill, "decode": run.decode}
+    records: dict[str, Record] = {}
+    for figures in (*[kinds[what] for what in options.what], ceilings, lambda: shares(records)):
+        for name, unit, repeats in figures():
+            value = statistics.median(repeats)
+            spread = f"  ({min(repeats):,.4g} to {max(repeats):,.4g})" if len(repeats) > 1 else ""
+            print(f"{name:<48} {value:>14,.4g} {unit}{spread}", flush=True)
+            records[name] = make_record(name, value, unit, repeats)
     if options.output:
-        append(Path(options.output), records)
+        append(Path(options.output), list(records.values()))
 
 
 Figure = tuple[str, str, list[float]]  # name, unit, repeats
@@ -76,7 +78,8 @@ def ceilings() -> Iterator[Figure]:
         return
     rates = []
     for size in MATMUL_SIZES:
-        x = jnp.ones((size, size), jnp.bfloat16)
+        # Random numbers: a GPU multiplies equal ones faster than any that a model holds.
+        x = jax.random.normal(jax.random.key(size), (size, size), jnp.bfloat16)
         product = jax.jit(jnp.matmul)
         rates.append([2 * size**3 / s / 1e12 for s in seconds(lambda x=x, f=product: f(x, x), 20)])
     yield "matmul_ceiling", "TFLOP/s", max(rates, key=statistics.median)
@@ -98,87 +101,121 @@ def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
     return found
 
 
-def prefill(options: argparse.Namespace, config: GemmaConfig, params: Any) -> Iterator[Figure]:
-    """Reading: all tokens given are read, in pieces of one shape."""
-    import jax
+def shares(records: dict[str, Record]) -> Iterator[Figure]:
+    """What was reached, over what the device did at best in the same run."""
+    for suffix, ceiling in (("_dense", "matmul_ceiling"), ("_weights_read", "copy_ceiling")):
+        for name in [name for name in records if name.endswith(suffix) and ceiling in records]:
+            best = records[ceiling].value
+            found = [repeat / best for repeat in records[name].repeats]
+            yield f"{name.removesuffix(suffix)}_ceiling_share", "1", found
 
-    from gemma_jax.inference.prefill import default_chunk_tokens
-    from gemma_jax.inference.prefill import prefill as read
-    from gemma_jax.model.state import init_state
 
-    chunk = options.chunk_tokens or default_chunk_tokens(config)
-    rng = np.random.default_rng(0)
+@dataclasses.dataclass
+class Run:
+    """One model that reads and writes; what was read last is what is continued."""
 
-    def pieces(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(0, count, chunk):
-            tokens = rng.integers(0, config.vocab_size, (1, chunk), dtype=np.int32)
-            yield tokens, np.array([min(chunk, count - start)], np.int32)
+    options: argparse.Namespace
+    config: GemmaConfig
+    params: Any
+    reading: tuple[Any, Any] | None = None  # logits of what comes next, and State
 
-    def run(count: int) -> float:
-        """Seconds to read `count` tokens."""
-        state, waiting = init_state(config), []
+    def prefill(self) -> Iterator[Figure]:
+        """Reading: all tokens given are read, in pieces of one shape."""
+        length, start = self.options.tokens, time.perf_counter()
+        name = f"prefill_{label(length)}"
+        name += "_segment" if self.config.memory.local_attention == "segment" else ""
+        self._read(self._chunk)
+        yield "compile_and_first_chunk", "s", [time.perf_counter() - start]
+        before = min(100_000, length)
+        self._read(before)
+        peak_before = peak_bytes()
+        rates = [length / self._read(length) for _ in range(self.options.repeats)]
+        yield f"{name}_tokens_per_second", "tokens/s", rates
+        dense = dense_flops(self.config) / 1e12
+        yield f"{name}_dense", "TFLOP/s", [rate * dense for rate in rates]
+        if peak := peak_bytes():
+            yield f"{name}_peak_bytes", "bytes", [peak]
+            yield f"peak_ratio_{label(length)}_{label(before)}", "1", [peak / peak_before]
+
+    def decode(self) -> Iterator[Figure]:
+        """Writing after a text of `--tokens` tokens: LM head and sampling included."""
+        import jax
+
+        from gemma_jax.inference.decode import decode_block
+        from gemma_jax.inference.sampling import Greedy
+
+        if self.reading is None:
+            self._read(self.options.tokens)
+        batch, new_tokens = self.options.batch_size, self.options.new_tokens
+
+        def block() -> None:
+            logits, state = self.reading
+            _, _, logits, state = decode_block(
+                self.params,
+                logits,
+                state,
+                config=self.config,
+                sampling=Greedy(),
+                key=jax.random.key(0),
+                num_tokens=new_tokens,
+            )
+            self.reading = jax.block_until_ready((logits, state))
+
         start = time.perf_counter()
-        for tokens, lengths in pieces(count):
-            logits, state = read(
-                params, tokens, state, config=config, lengths=lengths, chunk_tokens=chunk
+        block()
+        yield "compile_and_first_block", "s", [time.perf_counter() - start]
+        rates = [batch * new_tokens / s for s in seconds(block, max(self.options.repeats, 8))]
+        name = "decode" if batch == 1 else f"decode_b{batch}"
+        yield f"{name}_tokens_per_second", "tokens/s", rates
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        yield f"{name}_weights_read", "GB/s", [rate / batch * size / 1e9 for rate in rates]
+        if peak := peak_bytes():
+            yield f"{name}_peak_bytes", "bytes", [peak]
+
+    @property
+    def _chunk(self) -> int:
+        from gemma_jax.inference.prefill import default_chunk_tokens
+
+        return self.options.chunk_tokens or default_chunk_tokens(self.config)
+
+    def _read(self, length: int) -> float:
+        """Seconds to read `length` fresh tokens a row."""
+        from gemma_jax.inference.prefill import prefill
+        from gemma_jax.model.state import init_state
+
+        batch, chunk, rng = self.options.batch_size, self._chunk, np.random.default_rng(0)
+        self.reading = None  # frees the State before
+        state, waiting = init_state(self.config, batch), []
+        start = time.perf_counter()
+        for at in range(0, length, chunk):
+            tokens = rng.integers(0, self.config.vocab_size, (batch, chunk), dtype=np.int32)
+            lengths = np.full(batch, min(chunk, length - at), np.int32)
+            logits, state = prefill(
+                self.params, tokens, state, config=self.config, lengths=lengths, chunk_tokens=chunk
             )
             waiting.append(logits)
             if len(waiting) > 2:
                 waiting.pop(0).block_until_ready()
         assert np.isfinite(np.asarray(logits)).all()
         elapsed = time.perf_counter() - start
-        assert int(state.length[0]) == count
+        assert np.all(np.asarray(state.length) == length)
+        self.reading = logits, state
         return elapsed
 
-    start = time.perf_counter()
-    run(chunk)
-    yield "compile_and_first_chunk", "s", [time.perf_counter() - start]
-    run(4 * chunk)
-    rates = [options.tokens / run(options.tokens) for _ in range(options.repeats)]
-    yield f"prefill_{options.tokens}_tokens_per_second", "tokens/s", rates
-    flops = dense_flops(config)
-    yield "prefill_dense", "TFLOP/s", [rate * flops / 1e12 for rate in rates]
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        yield "peak_bytes", "bytes", [stats["peak_bytes_in_use"]]
 
-
-def decode(options: argparse.Namespace, config: GemmaConfig, params: Any) -> Iterator[Figure]:
-    """Writing after a text of `--tokens` tokens: LM head and sampling included."""
+def peak_bytes() -> int | None:
+    """Most memory in use on the device so far; None where the platform does not tell."""
     import jax
 
-    from gemma_jax.inference.decode import decode_block
-    from gemma_jax.inference.prefill import default_chunk_tokens
-    from gemma_jax.inference.prefill import prefill as read
-    from gemma_jax.inference.sampling import Greedy
-    from gemma_jax.model.state import init_state
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
-    batch, chunk = options.batch_size, options.chunk_tokens or default_chunk_tokens(config)
-    rng, state = np.random.default_rng(0), init_state(config, options.batch_size)
-    for start in range(0, options.tokens, chunk):
-        tokens = rng.integers(0, config.vocab_size, (batch, chunk), dtype=np.int32)
-        lengths = np.full(batch, min(chunk, options.tokens - start), np.int32)
-        logits, state = read(
-            params, tokens, state, config=config, lengths=lengths, chunk_tokens=chunk
-        )
 
-    def block() -> None:
-        nonlocal logits, state
-        _, _, logits, state = decode_block(
-            params,
-            logits,
-            state,
-            config=config,
-            sampling=Greedy(),
-            key=jax.random.key(0),
-            num_tokens=options.new_tokens,
-        )
-        jax.block_until_ready(logits)
-
-    rates = [batch * options.new_tokens / s for s in seconds(block, max(options.repeats, 3))]
-    yield f"decode_b{batch}_tokens_per_second", "tokens/s", rates
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    yield "decode_weights_read", "GB/s", [rate / batch * size / 1e9 for rate in rates]
+def label(number: int) -> str:
+    """10,000,000 is `10m`, 8,192 is `8k`, 100,000 is `100k`."""
+    for unit, scale in (("m", 1_000_000), ("k", 1024), ("k", 1000)):
+        if number % scale == 0:
+            return f"{number // scale}{unit}"
+    return str(number)
 
 
 def dense_flops(config: GemmaConfig) -> float:
@@ -191,6 +228,7 @@ def load(options: argparse.Namespace) -> tuple[GemmaConfig, Any]:
     """A converted model, or random weights made on the device, with live memory gates."""
     import jax
 
+    keep_compiled_programs()
     changes = {
         "rule": options.memory,
         "segment_length": options.segment_length,
@@ -257,7 +295,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="python -m gemma_jax.benchmark", description="Measures reading and writing."
     )
-    parser.add_argument("what", choices=("prefill", "decode"))
+    parser.add_argument("what", nargs="+", choices=("prefill", "decode"))
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--preset", choices=tuple(PRESETS), help="random weights of this shape")
     which.add_argument("--model", metavar="DIR", help="a checkpoint")

@@ -5,7 +5,6 @@ what it writes is noise, and every answer of it must be labelled so.
 """
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_jax.cache import cache_directory
 from gemma_jax.errors import InputError
 
 NAME = "random-tiny-gemma"
@@ -55,11 +55,7 @@ def checkpoint() -> Path:
     Raises:
         InputError: the cache directory cannot be written.
     """
-    cache = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        / "gemma_jax"
-        / f"demo-{VERSION}"
-    )
+    cache = cache_directory() / f"demo-{VERSION}"
     if (cache / NAME).is_dir():
         return cache / NAME
     from gemma_jax.checkpoint.convert import convert

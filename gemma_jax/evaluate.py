@@ -31,8 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Prints one record per setting: mean NLL in nats, over all tokens and by position."""
+    from gemma_jax.cache import keep_compiled_programs
     from gemma_jax.checkpoint import store
 
+    keep_compiled_programs()
     model = store.load(options.model, memory=options.memory, dtype=options.dtype)
     ids = read_ids(model, options.text, options.tokens)
     peer = None

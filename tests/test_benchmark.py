@@ -5,6 +5,7 @@ import json
 import pytest
 
 from gemma_jax import PRESETS, benchmark, demo
+from gemma_jax.checkpoint import store
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,37 @@ def test_records(checkpoint, tmp_path, capsys, what):
     assert record["value"] > 0 and len(record["repeats"]) == 3
     assert min(record["repeats"]) <= record["value"] <= max(record["repeats"])
     assert name in capsys.readouterr().out
+
+
+def test_reading_then_writing_in_one_run(checkpoint, tmp_path):
+    file = tmp_path / "records.json"
+    arguments = ["prefill", "decode", "--model", checkpoint, "--tokens", "512", "--repeats", "2"]
+    arguments += ["--local-attention", "segment", "--segment-length", "64", "--chunk-tokens", "128"]
+    assert benchmark.main([*map(str, arguments), "--batch-size", "3", "--output", str(file)]) == 0
+    records = {record["name"]: record for record in json.loads(file.read_text())}
+    speed, dense = (records[f"prefill_512_segment_{x}"] for x in ("tokens_per_second", "dense"))
+    flops = benchmark.dense_flops(store.read_config(checkpoint))
+    assert dense["repeats"] == pytest.approx([r * flops / 1e12 for r in speed["repeats"]])
+    assert records["decode_b3_tokens_per_second"]["value"] > 0
+
+
+def test_shares_are_of_the_best_in_the_same_run():
+    records = {
+        name: benchmark.make_record(name, value, "TFLOP/s", repeats)
+        for name, value, repeats in (
+            ("prefill_10m_dense", 600.0, [590.0, 600.0, 640.0]),
+            ("matmul_ceiling", 800.0, [800.0]),
+        )
+    }
+    ((name, _, repeats),) = benchmark.shares(records)
+    assert name == "prefill_10m_ceiling_share" and repeats == [0.7375, 0.75, 0.8]
+
+
+@pytest.mark.parametrize(
+    "number, text", [(10_000_000, "10m"), (100_000, "100k"), (8192, "8k"), (700, "700")]
+)
+def test_labels(number, text):
+    assert benchmark.label(number) == text
 
 
 def test_dense_work_of_a_token():

@@ -46,21 +46,29 @@ def decode_block(
     model = Transformer(config)
     rows = jnp.arange(logits.shape[0])
 
-    def step(carry, _):
+    def step(carry, _, settle):
         logits, state, going = carry
         keys = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(key, row), at))(
             rows, state.length
         )
         token = jnp.where(going, draw(sampling, logits, keys), 0)
         count = going.astype(jnp.int32)
-        hidden, state = model.apply({"params": params}, token[:, None], state, count)
+        hidden, state = model.apply({"params": params}, token[:, None], state, count, settle=settle)
         new = logits_of(params, hidden[:, 0], config=config)
         logits = jnp.where(going[:, None], new, logits)
         stopped = jnp.isin(token, jnp.asarray(stop_ids, jnp.int32))
         return (logits, state, going & ~stopped), (token, count)
 
-    going = jnp.ones(logits.shape[0], bool)
-    (logits, state, _), (tokens, counts) = jax.lax.scan(
-        step, (logits, state, going), None, length=num_tokens
+    def steps(carry, settle):
+        return jax.lax.scan(functools.partial(step, settle=settle), carry, None, length=num_tokens)
+
+    # Most blocks stay within a segment: a loop that never asks whether one is complete.
+    length = config.memory.segment_length
+    carry = (logits, state, jnp.ones(logits.shape[0], bool))
+    (logits, state, _), (tokens, counts) = jax.lax.cond(
+        jnp.any(state.fill + num_tokens >= length),
+        functools.partial(steps, settle=True),
+        functools.partial(steps, settle=False),
+        carry,
     )
     return tokens.T, counts.sum(axis=0), logits, state

@@ -14,13 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from gemma_jax.config import Rope
-from gemma_jax.model.kernels import (
-    AMPERE,
-    HOPPER,
-    compute_capability,
-    wants_hopper,
-    with_gradient_of,
-)
+from gemma_jax.model import kernels
 from gemma_jax.model.state import Span
 
 Heads = Float[Array, "B T H C"]
@@ -79,7 +73,7 @@ def attend(
 
 def cudnn_takes(head_dim: int) -> bool:
     """Whether cuDNN's attention runs here: from Ampere on, heads wider than 128 from Hopper on."""
-    return compute_capability() >= (HOPPER if head_dim > 128 else AMPERE)
+    return kernels.compute_capability() >= (kernels.HOPPER if head_dim > 128 else kernels.AMPERE)
 
 
 def local_attention(
@@ -122,7 +116,7 @@ def local_attention(
     plain = (window, softcap, q.dtype) == (None, None, jnp.bfloat16) and sink is not None
     if plain and _kernel_takes(span, history, q.shape[-1]):
         kernel = functools.partial(_attention_by_kernel, history=history, scale=scale)
-        attention = with_gradient_of(attention, kernel)
+        attention = kernels.with_gradient_of(attention, kernel)
     return attention(q, keys, values, sink, span)
 
 
@@ -170,7 +164,7 @@ def _attention_by_masks(
 
 
 def _kernel_takes(span: Span, history: int, head_dim: int) -> bool:
-    if not (span.whole_segments and wants_hopper()):
+    if not (span.whole_segments and kernels.wants_hopper()):
         return False
     from gemma_jax.model.kernels import attention as kernel
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gemma_jax.model.kernels import wants_hopper, with_gradient_of
+from gemma_jax.model import kernels
 
 INIT = nn.initializers.normal(0.02)
 
@@ -90,7 +90,7 @@ def geglu(x: Float[Array, "B T D"], gate_up: Float[Array, "D M2"]) -> Float[Arra
         gate, up = jnp.split(x @ gate_up, 2, axis=-1)
         return nn.gelu(gate, approximate=True) * up
 
-    if x.dtype != jnp.bfloat16 or not wants_hopper():
+    if x.dtype != jnp.bfloat16 or not kernels.wants_hopper():
         return plain(x, gate_up)
     from gemma_jax.model.kernels import geglu as kernel
 
@@ -100,4 +100,4 @@ def geglu(x: Float[Array, "B T D"], gate_up: Float[Array, "D M2"]) -> Float[Arra
     def fused(x: Array, gate_up: Array) -> Array:
         return kernel.geglu(x.reshape(-1, width), gate_up).reshape(*tokens, mlp_dim)
 
-    return with_gradient_of(plain, fused)(x, gate_up)
+    return kernels.with_gradient_of(plain, fused)(x, gate_up)

@@ -134,24 +134,23 @@ class Linear(MemoryRule):
         return {"M": self.zeros(batch_size, dim, dim), "z": self.zeros(batch_size, dim)}
 
     def read(self, p, memory, q, attended):
-        phi = elu_plus_one(self.grouped(q))
-        found = einsum("BTKGF,BKFC->BTKGC", phi, memory["M"])
-        total = einsum("BTKGF,BKF->BTKG", phi, memory["z"])
-        found = _divide(found, total).reshape(attended.shape)
-        weight = self.gates(p)["read"][:, None]
-        return (weight * found + (1.0 - weight) * attended).astype(attended.dtype)
+        def plain(q, attended, M, z, weight):
+            phi = elu_plus_one(self.grouped(q))
+            found = einsum("BTKGF,BKFC->BTKGC", phi, M)
+            found = _divide(found, einsum("BTKGF,BKF->BTKG", phi, z)).reshape(attended.shape)
+            weight = weight[:, None]
+            return (weight * found + (1.0 - weight) * attended).astype(attended.dtype)
+
+        read = _fastest(plain, "mix_linear_read", q, self.config.num_kv_heads)
+        return read(q, attended, memory["M"], memory["z"], self.gates(p)["read"])
+
+    def prepare(self, features, mask):
+        phi = elu_plus_one(features["key"]) * mask[..., None, None]
+        value = features["value"].astype(jnp.float32)
+        return {"M": einsum("BSKF,BSKC->BKFC", phi, value), "z": phi.sum(axis=1)}
 
     def write(self, memory, features, mask):
-        phi = elu_plus_one(features["key"]) * mask[..., None, None]
-        value = self.new_value(memory, phi, features["value"].astype(jnp.float32))
-        return {
-            "M": memory["M"] + einsum("BSKF,BSKC->BKFC", phi, value),
-            "z": memory["z"] + phi.sum(axis=1),
-        }
-
-    def new_value(self, memory: Memory, phi: Array, value: Array) -> Array:
-        """What is bound to the keys: the values as they are."""
-        return value
+        return {name: memory[name] + features[name] for name in memory}
 
     def gates(self, p):
         return {"read": jax.nn.sigmoid(p["gate"].astype(jnp.float32))}
@@ -163,9 +162,18 @@ class Delta(Linear):
     The values of a segment lose what memory, as it was before the segment, returns for their keys.
     """
 
-    def new_value(self, memory, phi, value):
+    def prepare(self, features, mask):
+        phi = elu_plus_one(features["key"]) * mask[..., None, None]
+        return {"phi": phi, "value": features["value"].astype(jnp.float32)}
+
+    def write(self, memory, features, mask):
+        phi = features["phi"]
         found = einsum("BSKF,BKFC->BSKC", phi, memory["M"])
-        return value - _divide(found, einsum("BSKF,BKF->BSK", phi, memory["z"]))
+        value = features["value"] - _divide(found, einsum("BSKF,BKF->BSK", phi, memory["z"]))
+        return {
+            "M": memory["M"] + einsum("BSKF,BSKC->BKFC", phi, value),
+            "z": memory["z"] + phi.sum(axis=1),
+        }
 
 
 class GatedDelta(MemoryRule):
@@ -210,13 +218,7 @@ class GatedDelta(MemoryRule):
             found = gate[:, None] * found.reshape(attended.shape)
             return (attended + found).astype(attended.dtype)
 
-        read = plain
-        if q.dtype == jnp.bfloat16 and kernels.wanted(kernels.AMPERE):
-            from gemma_jax.model.kernels import read as kernel
-
-            if kernel.takes(q.shape[1], q.shape[2] // self.config.num_kv_heads, q.shape[3]):
-                fused = functools.partial(kernel.add_normalized_read, eps=EPS)
-                read = kernels.with_gradient_of(plain, fused)
+        read = _fastest(plain, "add_normalized_read", q, self.config.num_kv_heads)
         return read(q, attended, memory["M"], p["gate"].astype(jnp.float32))
 
     def prepare(self, features, mask):
@@ -296,6 +298,17 @@ def _delta_map_by_kernel(key: Array, value: Array, gate: Array) -> tuple[Array, 
     length = jnp.sqrt(jnp.sum(jnp.square(key.astype(jnp.float32)), axis=-1) + EPS)
     maps = kernel.delta_map(*map(by_head, (key, length, value, gate)))
     return tuple(x.reshape(batch, kv_heads, *x.shape[1:]) for x in maps)
+
+
+def _fastest(plain: Callable, name: str, q: Array, kv_heads: int) -> Callable:
+    """`plain`, or the kernel that reads memory in the same way, where it takes such queries."""
+    if q.dtype != jnp.bfloat16 or not kernels.wanted(kernels.AMPERE):
+        return plain
+    from gemma_jax.model.kernels import read
+
+    if not read.takes(q.shape[1], q.shape[2] // kv_heads, q.shape[3]):
+        return plain
+    return kernels.with_gradient_of(plain, getattr(read, name))
 
 
 def _divide(found: Array, total: Array) -> Array:
@@ -389,7 +402,9 @@ def write_segments(
 
     with jax.default_matmul_precision("highest"):
         prepared = jax.vmap(rule.prepare)(segments, mask)
-        return jax.lax.scan(step, memory, (prepared, mask))
+        # A GPU's host starts each round of a loop anew: a chain of so small steps is written out.
+        unroll = mask.shape[0] if jax.default_backend() == "gpu" else 1
+        return jax.lax.scan(step, memory, (prepared, mask), unroll=unroll)
 
 
 def inspect(params: Any, state: Any, *, config: GemmaConfig) -> dict[int, dict[str, Array]]:

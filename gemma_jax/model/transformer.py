@@ -193,6 +193,7 @@ class Transformer(nn.Module):
         count: Int[Array, " B"] | None = None,
         *,
         last_only: bool = False,
+        settle: bool = True,
     ) -> tuple[Float[Array, "B _ D"], State]:
         """One step over T slots; see `state.Span` for where its tokens must stand.
 
@@ -202,6 +203,7 @@ class Transformer(nn.Module):
             count: new tokens of each row; all slots by default.
             last_only: whether hidden states are wanted of each row's last new token alone, [B, 1, D];
                 then the last layer computes nothing else.
+            settle: False promises that no row completes its segment, for steps within one segment.
         """
         segment_length = self.config.memory.segment_length
         slots = tokens.shape[1]
@@ -215,7 +217,7 @@ class Transformer(nn.Module):
             only = last if i == self.config.num_layers - 1 else None
             x, layer = block(x, layer, span, only)
             layers.append(layer)
-        return self.final_norm(x), advance(self.config, state, tuple(layers), span)
+        return self.final_norm(x), advance(self.config, state, tuple(layers), span, settle)
 
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Logits in float32."""
@@ -284,8 +286,14 @@ def settle_layer(config: GemmaConfig, layer_type: str, state: LayerState, span: 
     )
 
 
-def advance(config: GemmaConfig, state: State, layers: tuple[LayerState, ...], span: Span) -> State:
-    """The State after a step whose layers left `layers`."""
+def advance(
+    config: GemmaConfig,
+    state: State,
+    layers: tuple[LayerState, ...],
+    span: Span,
+    settle: bool = True,
+) -> State:
+    """The State after a step whose layers left `layers`; for `settle` see `Transformer`."""
 
     def settle_all(layers: tuple[LayerState, ...]) -> tuple[LayerState, ...]:
         pairs = zip(config.layer_types, layers, strict=True)
@@ -299,6 +307,8 @@ def advance(config: GemmaConfig, state: State, layers: tuple[LayerState, ...], s
 
     if span.whole_segments:
         layers = settle_all(layers)
+    elif not settle:
+        layers = truncate(layers)
     else:
         layers = jax.lax.cond(jnp.any(span.completed > 0), settle_all, truncate, layers)
     left = span.completed * span.segment_length

@@ -124,9 +124,8 @@ def test_a_normaliser_keeps_growing():
     """In bfloat16 it would stand still after 256 equal additions."""
     made = make_rule(tiny_config(rule="linear", dtype="bfloat16"))
     memory, one = made.init(1), jnp.ones((1, 8, 2, 8), jnp.bfloat16)
-    write = jax.jit(
-        lambda memory: made.write(memory, {"key": one, "value": one}, jnp.ones((1, 8), bool))
-    )
+    segments, present = {"key": one[None], "value": one[None]}, jnp.ones((1, 1), bool)
+    write = jax.jit(lambda memory: write_segments(made, memory, segments, present)[0])
     for _ in range(100):
         memory = write(memory)
     np.testing.assert_allclose(memory["z"], 2.0 * 800)

@@ -7,6 +7,7 @@ streams keys and values in, two work on 64 queries each and take turns at the te
 (FlashAttention-3, Shah et al. 2024).
 """
 
+import functools
 import inspect
 import math
 
@@ -30,6 +31,7 @@ def takes(segment_length: int, history: int, head_dim: int) -> bool:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("segment_length", "scale"))
 def segment_attention(
     q: Float[Array, "B T H C"],
     keys: Float[Array, "B L K C"],

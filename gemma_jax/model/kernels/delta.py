@@ -27,6 +27,7 @@ def takes(key_dim: int, value_dim: int) -> bool:
     return all(dim >= COLUMNS and dim & (dim - 1) == 0 for dim in (key_dim, value_dim))
 
 
+@functools.partial(jax.jit, static_argnames=("interpret",))
 def delta_map(
     key: Float[Array, "N S F"],
     length: Float[Array, "N S"],

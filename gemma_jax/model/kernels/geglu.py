@@ -5,6 +5,8 @@ to multiply its halves. Here a tile of both halves stays in registers. Mosaic GP
 warpgroup streams tiles in, two multiply.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,6 +25,7 @@ def takes(rows: int, width: int, mlp_dim: int) -> bool:
     return rows % ROWS == 0 and width % DEPTH == 0 and mlp_dim % COLUMNS == 0
 
 
+@functools.partial(jax.jit, static_argnames=("programs",))
 def geglu(
     x: Float[Array, "T D"], gate_up: Float[Array, "D M2"], *, programs: int | None = None
 ) -> Float[Array, "T M"]:

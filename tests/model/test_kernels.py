@@ -1,0 +1,185 @@
+"""Kernels compute what the plain lines of the model compute; here without a GPU, in interpret mode."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from reference import tiny_config
+
+from gemma_jax import PRESETS, prefill
+from gemma_jax.config import GLOBAL
+from gemma_jax.model import attention, kernels, memory
+from gemma_jax.model.kernels import attention as attention_kernel
+from gemma_jax.model.kernels import delta as delta_kernel
+from gemma_jax.model.kernels import geglu as geglu_kernel
+from gemma_jax.model.kernels import read as read_kernel
+from gemma_jax.model.memory import make_rule
+from gemma_jax.model.state import Span, init_state
+from gemma_jax.model.transformer import abstract_params
+
+interprets_hopper = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="this version of JAX cannot interpret them"
+)
+
+
+def on_simulated_hopper(function, *args, **kwargs):
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        return function(*args, **kwargs)
+
+
+def normal(seed, *shape, dtype=jnp.bfloat16):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def assert_near(found, wanted, tolerance):
+    found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
+    assert np.isfinite(found).all()
+    assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max()
+
+
+BF16 = 2**-8  # half a unit in the last place of what is written
+
+
+@pytest.mark.parametrize("kind", ["random", "equal keys, gates 1", "gates 0 and 1", "gate 0"])
+@pytest.mark.parametrize("tokens", [64, 200])
+def test_delta_map(kind, tokens):
+    key, value = normal(0, 2, tokens, 1, 64), normal(1, 2, tokens, 1, 32)
+    gate = jax.nn.sigmoid(2 * normal(2, 2, tokens, 1, dtype=jnp.float32))
+    if kind == "equal keys, gates 1":
+        key, gate = jnp.broadcast_to(key[:, :1], key.shape), jnp.ones_like(gate)
+    elif kind == "gates 0 and 1":
+        gate = jnp.round(gate)
+    elif kind == "gate 0":
+        gate = jnp.zeros_like(gate)
+    assert delta_kernel.takes(64, 32)
+    length = jnp.sqrt(jnp.sum(jnp.square(key.astype(jnp.float32)), axis=-1) + memory.EPS)
+    found = delta_kernel.delta_map(
+        *(x[:, :, 0] for x in (key, length, value, gate)), interpret=True
+    )
+    wanted = memory.delta_map(key, value, gate)
+    assert_near(found[0], wanted[0][:, 0], 2e-6)
+    if kind == "gate 0":
+        np.testing.assert_array_equal(found[0][0], np.eye(64))
+        assert not np.any(found[1])
+    else:
+        assert_near(found[1], wanted[1][:, 0], 2e-6)
+
+
+@pytest.mark.parametrize("rule", ["linear", "gated_delta"])
+@pytest.mark.parametrize("group", [1, 4])
+def test_reads(rule, group):
+    kv_heads, dim, tokens = 2, 64, 64
+    config = tiny_config(
+        rule=rule, num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=dim, dtype="bfloat16"
+    )
+    made = make_rule(config)
+    q, attended = (normal(i, 2, tokens, kv_heads * group, dim) for i in range(2))
+    state = {"M": normal(2, 2, kv_heads, dim, dim, dtype=jnp.float32)}
+    gate = normal(4, kv_heads * group, dtype=jnp.float32)
+    assert read_kernel.takes(tokens, group, dim)
+    if rule == "linear":
+        z = jnp.abs(normal(3, 2, kv_heads, dim, dtype=jnp.float32)).at[0].set(0.0)
+        state["z"] = z  # nothing was written in the first row
+        found = read_kernel.mix_linear_read(
+            q, attended, state["M"], z, jax.nn.sigmoid(gate), interpret=True
+        )
+    else:
+        found = read_kernel.add_normalized_read(q, attended, state["M"], gate, interpret=True)
+    wanted = made.read({"gate": gate}, state, q, attended)
+    assert found.dtype == wanted.dtype == jnp.bfloat16
+    assert_near(found, wanted, BF16)
+
+
+@interprets_hopper
+def test_geglu():
+    x, weights = normal(0, 256, 128), 0.1 * normal(1, 128, 512)
+    assert geglu_kernel.takes(256, 128, 256)
+    found = on_simulated_hopper(geglu_kernel.geglu, x, weights, programs=3)
+    gate, up = jnp.split(x.astype(jnp.float32) @ weights.astype(jnp.float32), 2, axis=-1)
+    assert_near(found, nn.gelu(gate, approximate=True) * up, BF16)
+
+
+@interprets_hopper
+@pytest.mark.parametrize("history", [128, 0])
+def test_attention(history, monkeypatch):
+    """Two texts: one long read, one at its start, whose first segment has neither history nor sink."""
+
+    def accumulate(out, weight, values, meanwhile):  # the interpreter has no such product
+        meanwhile()
+        return out + jnp.dot(weight, values[...], preferred_element_type=jnp.float32)
+
+    monkeypatch.setattr(attention_kernel, "_accumulate", accumulate)
+    length, segments, heads, kv_heads, dim = 128, 2, 4, 2, 128
+    q = normal(0, 2, length * segments, heads, dim)
+    keys, values = (normal(i, 2, history + length * segments, kv_heads, dim) for i in (1, 2))
+    sink = normal(3, 2, segments, kv_heads, dim), normal(4, 2, 1, kv_heads, dim)
+    past = jnp.array([10 * length, 0])
+    span = Span(0 * past, past, 0 * past + length * segments, length * segments, length)
+    assert attention_kernel.takes(length, history, dim)
+    options = {"history": history, "scale": dim**-0.5}
+    args = (q, keys, values, sink, span)
+    wanted = attention._attention_by_masks(*args, **options, window=None, softcap=None)
+    found = on_simulated_hopper(attention._attention_by_kernel, *args, **options)
+    assert_near(found, wanted, 2 * BF16)
+
+
+@pytest.mark.parametrize(
+    "rule, used",
+    [
+        ("off", {"segment_attention", "geglu"}),
+        ("linear", {"segment_attention", "geglu", "mix_linear_read"}),
+        ("gated_delta", {"segment_attention", "geglu", "delta_map", "add_normalized_read"}),
+    ],
+)
+def test_reading_uses_them_on_hopper(rule, used, monkeypatch):
+    """What a Hopper GPU would run is traced; no kernel is run."""
+    monkeypatch.setattr(kernels, "compute_capability", lambda: kernels.HOPPER)
+    calls = set()
+
+    def spy(name, real):
+        def called(*args, **kwargs):
+            calls.add(name)
+            return real(*args, **kwargs | ({"programs": 132} if name == "geglu" else {}))
+
+        return called
+
+    for module, name in (
+        (attention_kernel, "segment_attention"),
+        (geglu_kernel, "geglu"),
+        (delta_kernel, "delta_map"),
+        (read_kernel, "mix_linear_read"),
+        (read_kernel, "add_normalized_read"),
+    ):
+        monkeypatch.setattr(module, name, spy(name, getattr(module, name)))
+    config = dataclasses.replace(PRESETS["gemma-2b"], layer_types=(GLOBAL, GLOBAL))
+    config = config.with_memory(rule=rule, segment_length=128)
+    prefill.trace(
+        abstract_params(config),
+        jax.ShapeDtypeStruct((1, 256), jnp.int32),
+        jax.eval_shape(lambda: init_state(config)),
+        config=config,
+        lengths=jax.ShapeDtypeStruct((1,), jnp.int32),
+        chunk_tokens=256,
+    )
+    assert calls == used
+    jax.clear_caches()  # what was traced for another device must not be run on this one
+
+
+def test_they_can_be_switched_off(monkeypatch):
+    monkeypatch.setattr(kernels, "compute_capability", lambda: kernels.HOPPER)
+    assert kernels.wanted(kernels.AMPERE) and kernels.wants_hopper()
+    monkeypatch.setenv("GEMMA_JAX_KERNELS", "off")
+    assert not kernels.wanted(kernels.AMPERE) and not kernels.wants_hopper()
+
+
+def test_their_gradient_is_that_of_the_plain_lines():
+    def plain(x, y):
+        return x * x * y
+
+    function = kernels.with_gradient_of(plain, lambda x, y: plain(x, y) + 0.5)
+    assert function(3.0, 2.0) == 18.5
+    assert jax.grad(function, argnums=(0, 1))(3.0, 2.0) == (12.0, 9.0)
