@@ -2,7 +2,7 @@
 
 Reads fresh random tokens, and decodes after them, with random weights of a published shape (or a
 converted model), through the functions that `run.py` uses. What the device does at best is measured
-in the same run, last, so that peak memory is that of the model.
+in the same run, before the model is there: a GPU that has worked for a minute slows down to stay cool.
 """
 
 import argparse
@@ -24,8 +24,8 @@ import numpy as np
 from gemma_jax.cache import keep_compiled_programs
 from gemma_jax.config import PRESETS, GemmaConfig
 
-MATMUL_SIZES = (4096, 8192, 16_384)
-COPY_BYTES = 2**32
+MATMUL_SIZES = (4096, 6144, 8192, 12_288)
+COPY_BYTES = 2**28
 PACKAGES = ("jax", "jaxlib", "flax")
 
 
@@ -53,15 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def benchmark(options: argparse.Namespace) -> None:
     """Prints a table of figures, and writes them to `--output`."""
-    run = Run(options, *load(options))
-    kinds = {"prefill": run.prefill, "decode": run.decode}
     records: dict[str, Record] = {}
-    for figures in (*[kinds[what] for what in options.what], ceilings, lambda: shares(records)):
-        for name, unit, repeats in figures():
+
+    def report(figures: Iterator[Figure]) -> None:
+        for name, unit, repeats in figures:
             value = statistics.median(repeats)
             spread = f"  ({min(repeats):,.4g} to {max(repeats):,.4g})" if len(repeats) > 1 else ""
             print(f"{name:<48} {value:>14,.4g} {unit}{spread}", flush=True)
             records[name] = make_record(name, value, unit, repeats)
+
+    report(ceilings())
+    run = Run(options, *load(options))
+    for what in options.what:
+        report({"prefill": run.prefill, "decode": run.decode}[what]())
+    report(shares(records))
     if options.output:
         append(Path(options.output), list(records.values()))
 
@@ -76,27 +81,27 @@ def ceilings() -> Iterator[Figure]:
 
     if jax.default_backend() == "cpu":
         return
-    rates = []
+    calls, rates = 10, []  # in a row, so that the device never waits for the host
     for size in MATMUL_SIZES:
         # Random numbers: a GPU multiplies equal ones faster than any that a model holds.
         x = jax.random.normal(jax.random.key(size), (size, size), jnp.bfloat16)
-        product = jax.jit(jnp.matmul)
-        rates.append([2 * size**3 / s / 1e12 for s in seconds(lambda x=x, f=product: f(x, x), 20)])
+        work, product = calls * 2 * size**3 / 1e12, jax.jit(jnp.matmul)
+        rates.append([work / s for s in seconds(lambda x=x, f=product: f(x, x), 10, calls)])
     yield "matmul_ceiling", "TFLOP/s", max(rates, key=statistics.median)
     x = jnp.zeros(COPY_BYTES // 4, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    yield "copy_ceiling", "GB/s", [2 * COPY_BYTES / s / 1e9 for s in seconds(lambda: copy(x), 20)]
+    copy, work = jax.jit(lambda x: x + 1), calls * 2 * COPY_BYTES / 1e9
+    yield "copy_ceiling", "GB/s", [work / s for s in seconds(lambda: copy(x), 10, calls)]
 
 
-def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each call, after two that are not counted."""
+def seconds(call: Callable[[], Any], repeats: int, calls: int = 1) -> list[float]:
+    """Seconds of each round of `calls` calls, after one round and one call that are not counted."""
     import jax
 
-    jax.block_until_ready([call(), call()])
+    jax.block_until_ready([call() for _ in range(calls + 1)])
     found = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(call())
+        jax.block_until_ready([call() for _ in range(calls)])
         found.append(time.perf_counter() - start)
     return found
 

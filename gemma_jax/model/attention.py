@@ -164,7 +164,7 @@ def _attention_by_masks(
 
 
 def _kernel_takes(span: Span, history: int, head_dim: int) -> bool:
-    if not (span.whole_segments and kernels.wants_hopper()):
+    if not (span.whole_segments and kernels.wanted()):
         return False
     from gemma_jax.model.kernels import attention as kernel
 

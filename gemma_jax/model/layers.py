@@ -90,7 +90,7 @@ def geglu(x: Float[Array, "B T D"], gate_up: Float[Array, "D M2"]) -> Float[Arra
         gate, up = jnp.split(x @ gate_up, 2, axis=-1)
         return nn.gelu(gate, approximate=True) * up
 
-    if x.dtype != jnp.bfloat16 or not kernels.wants_hopper():
+    if x.dtype != jnp.bfloat16 or not kernels.wanted():
         return plain(x, gate_up)
     from gemma_jax.model.kernels import geglu as kernel
 

@@ -249,7 +249,7 @@ def delta_map(
     Keys are L2-normalised first. All tokens together are affine in M: the result is (keep, add), and M
     becomes keep M + add. A gate of 0 keeps exactly.
     """
-    if key.dtype == jnp.bfloat16 and kernels.wanted(kernels.AMPERE):
+    if key.dtype == jnp.bfloat16 and kernels.wanted():
         from gemma_jax.model.kernels import delta as kernel
 
         if kernel.takes(key.shape[-1], value.shape[-1]):
@@ -302,7 +302,7 @@ def _delta_map_by_kernel(key: Array, value: Array, gate: Array) -> tuple[Array, 
 
 def _fastest(plain: Callable, name: str, q: Array, kv_heads: int) -> Callable:
     """`plain`, or the kernel that reads memory in the same way, where it takes such queries."""
-    if q.dtype != jnp.bfloat16 or not kernels.wanted(kernels.AMPERE):
+    if q.dtype != jnp.bfloat16 or not kernels.wanted():
         return plain
     from gemma_jax.model.kernels import read
 

@@ -1,6 +1,7 @@
 """Kernels compute what the plain lines of the model compute; here without a GPU, in interpret mode."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -137,7 +138,7 @@ def test_attention(history, monkeypatch):
 )
 def test_reading_uses_them_on_hopper(rule, used, monkeypatch):
     """What a Hopper GPU would run is traced; no kernel is run."""
-    monkeypatch.setattr(kernels, "compute_capability", lambda: kernels.HOPPER)
+    monkeypatch.setattr(kernels, "wanted", lambda: True)
     calls = set()
 
     def spy(name, real):
@@ -169,11 +170,26 @@ def test_reading_uses_them_on_hopper(rule, used, monkeypatch):
     jax.clear_caches()  # what was traced for another device must not be run on this one
 
 
-def test_they_can_be_switched_off(monkeypatch):
-    monkeypatch.setattr(kernels, "compute_capability", lambda: kernels.HOPPER)
-    assert kernels.wanted(kernels.AMPERE) and kernels.wants_hopper()
-    monkeypatch.setenv("GEMMA_JAX_KERNELS", "off")
-    assert not kernels.wanted(kernels.AMPERE) and not kernels.wants_hopper()
+@pytest.mark.parametrize(
+    "capability, version, setting, used",
+    [
+        ("9.0", "cuda 13000", "on", True),
+        ("9.0", "cuda 13000", "off", False),
+        ("9.0", "cuda 12090", "on", False),
+        ("8.0", "cuda 13000", "on", False),
+        ("10.0", "cuda 13000", "on", False),
+        ("gfx942", "rocm 60300", "on", False),
+    ],
+)
+def test_where_they_are_used(capability, version, setting, used, monkeypatch):
+    monkeypatch.setenv("GEMMA_JAX_KERNELS", setting)
+    device = SimpleNamespace(
+        platform="gpu",
+        compute_capability=capability,
+        client=SimpleNamespace(platform_version=version),
+    )
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert kernels.wanted() == used
 
 
 def test_their_gradient_is_that_of_the_plain_lines():

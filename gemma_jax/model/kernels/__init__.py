@@ -1,15 +1,17 @@
-"""Kernels for NVIDIA GPUs, written in Pallas; each does what a few lines of the model say, faster.
+"""Kernels for NVIDIA's Hopper GPUs, written in Pallas; each does what a few lines of the model say, faster.
 
 Those lines stay where they are: they run on every other device, give the gradient, and are what the
 kernels are tested against. `GEMMA_JAX_KERNELS=off` in the environment leaves the kernels out.
 """
 
 import os
+import re
 from collections.abc import Callable
 
 import jax
 
 AMPERE, HOPPER = 8, 9  # compute capabilities
+CUDA = 13_000  # the first version the kernels were measured with; some before it miscompile masks
 
 
 def compute_capability() -> int:
@@ -20,14 +22,12 @@ def compute_capability() -> int:
     return int(device.compute_capability.split(".")[0])
 
 
-def wanted(capability: int) -> bool:
-    """Whether kernels that need this capability are to be used here."""
-    return os.environ.get("GEMMA_JAX_KERNELS", "on") != "off" and compute_capability() >= capability
-
-
-def wants_hopper() -> bool:
-    """Whether kernels for Hopper alone (its `wgmma` is in no other generation) are to be used here."""
-    return wanted(HOPPER) and compute_capability() == HOPPER
+def wanted() -> bool:
+    """Whether the kernels are to be used here."""
+    if os.environ.get("GEMMA_JAX_KERNELS", "on") == "off" or compute_capability() != HOPPER:
+        return False
+    version = re.search(r"cuda (\d+)", jax.local_devices()[0].client.platform_version)
+    return version is None or int(version[1]) >= CUDA
 
 
 def with_gradient_of(plain: Callable, kernel: Callable) -> Callable:
