@@ -100,7 +100,7 @@ class Attention(nn.Module):
             softcap=config.attention_softcap,
         )
         if recurrent:
-            attended = self._read(rule, p, before, q, attended)
+            attended = self._read(rule, p, before, q, attended, span.num_segments)
         attended = attended.reshape(*attended.shape[:2], -1)
         return attended @ out.astype(config.dtype), state
 
@@ -127,12 +127,15 @@ class Attention(nn.Module):
         return before, state.replace(memory=memory)
 
     def _read(
-        self, rule: memory_lib.MemoryRule, p: Params, before: Params, q: Array, attended: Array
+        self,
+        rule: memory_lib.MemoryRule,
+        p: Params,
+        before: Params,
+        q: Array,
+        attended: Array,
+        number: int,
     ) -> Array:
-        """Reads memory as it stood at each segment's start."""
-        if not before:
-            return attended
-        number = jax.tree.leaves(before)[0].shape[0]
+        """Reads memory as it stood at the start of each of `number` segments."""
 
         def by_segment(y: Array) -> Array:
             return jnp.moveaxis(y.reshape(y.shape[0], number, -1, *y.shape[2:]), 1, 0)

@@ -229,3 +229,20 @@ def test_rules_are_documented():
     for name in RULES:
         kind = type(make_rule(tiny_config(rule=name)))
         assert issubclass(kind, MemoryRule) and kind.__doc__
+
+
+def test_a_rule_that_remembers_nothing_still_reads(tmp_path):
+    file = tmp_path / "negative.py"
+    file.write_text(
+        "from gemma_jax import MemoryRule\n"
+        "class Negative(MemoryRule):\n"
+        "    def read(self, p, memory, q, attended):\n"
+        "        return -attended\n"
+    )
+    config = tiny_config()
+    params, tokens = random_params(config), random_tokens(config, 1, 40)
+    negative = config.with_memory(rule=f"{file}:Negative")
+    state = gemma_jax.init_state(negative)
+    assert not jax.tree.leaves([layer.memory for layer in state.layers])
+    plain = all_logits(params, tokens, config)
+    assert np.abs(all_logits(params, tokens, negative) - plain).max() > 1e-3
