@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from reference import tiny_config
+from reference import random_params, random_tokens, tiny_config
 
-from gemma_jax import PRESETS, prefill
+from gemma_jax import PRESETS, forward, prefill
 from gemma_jax.config import GLOBAL
 from gemma_jax.model import attention, kernels, memory
 from gemma_jax.model.kernels import attention as attention_kernel
@@ -199,3 +199,34 @@ def test_their_gradient_is_that_of_the_plain_lines():
     function = kernels.with_gradient_of(plain, lambda x, y: plain(x, y) + 0.5)
     assert function(3.0, 2.0) == 18.5
     assert jax.grad(function, argnums=(0, 1))(3.0, 2.0) == (12.0, 9.0)
+
+
+def test_a_step_of_training_takes_the_gradient_of_the_plain_lines(monkeypatch):
+    """Under `grad`, `jit` and `checkpoint`, with all the arguments that attention has."""
+    config = tiny_config(rule="gated_delta", dtype="bfloat16", layer_types=(GLOBAL,))
+    params, tokens = random_params(config), random_tokens(config, 1, 32)
+
+    def gradient():
+        def loss(params):
+            state = init_state(config)
+            hidden, _ = forward(params, tokens, state, config=config, step_tokens=16, remat=True)
+            return jnp.mean(jnp.square(hidden.astype(jnp.float32)))
+
+        return jax.grad(loss)(params)
+
+    wanted = gradient()
+    monkeypatch.setattr(kernels, "wanted", lambda: True)
+    for module in (attention_kernel, geglu_kernel, delta_kernel, read_kernel):
+        monkeypatch.setattr(module, "takes", lambda *args: True)
+    real, used = kernels.with_gradient_of, []
+
+    def with_gradient_of(plain, kernel):
+        used.append(kernel)
+        return real(plain, plain)  # a kernel cannot run here
+
+    monkeypatch.setattr(kernels, "with_gradient_of", with_gradient_of)
+    jax.clear_caches()
+    found = gradient()
+    jax.clear_caches()
+    assert len(used) >= 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-6), found, wanted)
