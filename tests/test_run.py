@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -79,6 +80,28 @@ def assert_refused(result: Finished, code: int, *words: str):
 
 
 # --- as a process ---
+
+
+def test_what_was_compiled_is_there_at_the_next_start(cache, tmp_path):
+    """A longer text compiles nothing new either; a cache that cannot be written does no harm."""
+    kept = tmp_path / "compiled"
+    environment = os.environ | {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(kept),
+    }
+
+    def programs(prompt, environment=environment):
+        result = finish(start("--prompt", prompt, "--max-new-tokens", 3, env=environment))
+        assert result.code == 0
+        return result.out, {path.name for path in kept.glob("*-cache")}
+
+    answer, first = programs(PROMPT)
+    assert len(first) > 3
+    assert programs(PROMPT) == (answer, first)
+    assert programs(PROMPT * 100)[1] == first
+    kept.rename(tmp_path / "elsewhere")
+    kept.write_text("not a directory")
+    assert programs(PROMPT)[0] == answer
 
 
 def test_the_answer_alone_is_on_standard_output_and_the_rest_on_standard_error(cache):
