@@ -134,7 +134,8 @@ class Run:
         before = min(100_000, length)
         self._read(before)
         peak_before = peak_bytes()
-        rates = [length / self._read(length) for _ in range(self.options.repeats)]
+        total = length * self.options.batch_size
+        rates = [total / self._read(length) for _ in range(self.options.repeats)]
         yield f"{name}_tokens_per_second", "tokens/s", rates
         dense = dense_flops(self.config) / 1e12
         yield f"{name}_dense", "TFLOP/s", [rate * dense for rate in rates]

@@ -42,6 +42,11 @@ def test_reading_then_writing_in_one_run(checkpoint, tmp_path):
     speed, dense = (records[f"prefill_512_segment_{x}"] for x in ("tokens_per_second", "dense"))
     flops = benchmark.dense_flops(store.read_config(checkpoint))
     assert dense["repeats"] == pytest.approx([r * flops / 1e12 for r in speed["repeats"]])
+    # Three rows are three times the tokens of one.
+    run = benchmark.Run(benchmark.parse([*map(str, arguments), "--batch-size", "3"]), None, None)
+    run.config, run._read = store.read_config(checkpoint), lambda length: 0.5
+    rates = {name: repeats for name, _, repeats in run.prefill()}
+    assert rates["prefill_512_tokens_per_second"] == [3 * 512 / 0.5] * 2
     assert records["decode_b3_tokens_per_second"]["value"] > 0
 
 

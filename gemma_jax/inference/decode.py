@@ -65,10 +65,11 @@ def decode_block(
     # Most blocks stay within a segment: a loop that never asks whether one is complete.
     length = config.memory.segment_length
     carry = (logits, state, jnp.ones(logits.shape[0], bool))
-    (logits, state, _), (tokens, counts) = jax.lax.cond(
-        jnp.any(state.fill + num_tokens >= length),
-        functools.partial(steps, settle=True),
-        functools.partial(steps, settle=False),
-        carry,
-    )
+    settling, staying = (functools.partial(steps, settle=settle) for settle in (True, False))
+    if num_tokens == 1:  # nothing to save
+        carry, (tokens, counts) = settling(carry)
+    else:
+        leaves = jnp.any(state.fill + num_tokens >= length)
+        carry, (tokens, counts) = jax.lax.cond(leaves, settling, staying, carry)
+    logits, state, _ = carry
     return tokens.T, counts.sum(axis=0), logits, state

@@ -80,7 +80,7 @@ class Attention(nn.Module):
         recurrent = self.layer_type == GLOBAL
         rule = memory_lib.make_rule(config)
         p = MemoryParams(rule, name="memory")() if recurrent and rule.params() else {}
-        before = jax.tree.map(lambda leaf: leaf[None], state.memory)
+        before: Params = {}
         if recurrent:
             before, state = self._remember(rule, rule.features(p, x, q, k, v), state, span)
         keys, values, history = state.keys, state.values, history_length(config, self.layer_type)
@@ -205,7 +205,7 @@ class Transformer(nn.Module):
                 `state.fill` slots are ignored.
             count: new tokens of each row; all slots by default.
             last_only: whether hidden states are wanted of each row's last new token alone, [B, 1, D];
-                then the last layer computes nothing else.
+                then the last layer attends and feeds forward for these tokens alone.
             settle: False promises that no row completes its segment, for steps within one segment.
         """
         segment_length = self.config.memory.segment_length

@@ -1,4 +1,4 @@
-"""What a segment does to a delta-rule memory, for NVIDIA GPUs.
+"""What a segment does to a delta-rule memory, for Hopper GPUs.
 
 The map M -> keep M + add of a segment acts on each column of [keep | add] alone: a program takes some
 columns through the segment's blocks one after the other, in registers. That costs half the work of

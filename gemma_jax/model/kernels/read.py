@@ -1,4 +1,4 @@
-"""Reading memory and mixing what was found with local attention, in one pass, for NVIDIA GPUs.
+"""Reading memory and mixing what was found with local attention, in one pass, for Hopper GPUs.
 
 Queries and results are bfloat16; memory is float32 and enters as the sum of two bfloat16 numbers, which
 keeps 16 bits of its fraction: far more than the result holds. Triton (Pallas).
