@@ -72,14 +72,17 @@ def test_delta_map(kind, tokens):
 
 @pytest.mark.parametrize("rule", ["linear", "gated_delta"])
 @pytest.mark.parametrize("group", [1, 4])
-def test_reads(rule, group):
+@pytest.mark.parametrize(
+    "size", [1.0, 1e-3]
+)  # of what is in memory: as small as the norms' epsilon
+def test_reads(rule, group, size):
     kv_heads, dim, tokens = 2, 64, 64
     config = tiny_config(
         rule=rule, num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=dim, dtype="bfloat16"
     )
     made = make_rule(config)
     q, attended = (normal(i, 2, tokens, kv_heads * group, dim) for i in range(2))
-    state = {"M": normal(2, 2, kv_heads, dim, dim, dtype=jnp.float32)}
+    state = {"M": size * normal(2, 2, kv_heads, dim, dim, dtype=jnp.float32)}
     gate = normal(4, kv_heads * group, dtype=jnp.float32)
     assert read_kernel.takes(tokens, group, dim)
     if rule == "linear":
