@@ -27,6 +27,7 @@ from gemma_jax.model.state import (
     past_limit,
     settle,
 )
+from gemma_jax.model.weights import Weight, declare_weight, product
 
 Params = dict[str, Any]
 
@@ -64,11 +65,14 @@ class Attention(nn.Module):
         """
         config, dim = self.config, self.config.head_dim
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        shape = (config.width, (heads + 2 * kv_heads) * dim)
-        qkv = declare(self, "qkv", ("embed", "heads"), shape, config.dtype)
-        out = declare(self, "out", ("heads", "embed"), (heads * dim, config.width), config.dtype)
 
-        projected = x @ qkv.astype(config.dtype)
+        def matrix(name: str, axes: tuple[str, str], *shape: int) -> Weight:
+            return declare_weight(self, name, axes, shape, config.dtype, config.quantized)
+
+        qkv = matrix("qkv", ("heads", "embed"), (heads + 2 * kv_heads) * dim, config.width)
+        out = matrix("out", ("embed", "heads"), config.width, heads * dim)
+
+        projected = product(x, qkv)
         projected = projected.reshape(*x.shape[:2], heads + 2 * kv_heads, dim)
         q, k, v = jnp.split(projected, [heads, heads + kv_heads], axis=2)
         if config.qk_norm:
@@ -102,7 +106,7 @@ class Attention(nn.Module):
         if recurrent:
             attended = self._read(rule, p, before, q, attended, span.num_segments)
         attended = attended.reshape(*attended.shape[:2], -1)
-        return attended @ out.astype(config.dtype), state
+        return product(attended, out), state
 
     def _remember_sink(self, state: LayerState, k: Array, v: Array, span: Span) -> LayerState:
         if state.sink_key is None:
@@ -171,7 +175,8 @@ class Block(nn.Module):
         if only is not None:
             x = jnp.take_along_axis(x, only[:, None, None], axis=1)
         x = x + (norm("post_attention_norm", y) if config.post_norms else y)
-        y = FeedForward(config.mlp_dim, config.dtype, name="mlp")(norm("pre_mlp_norm", x))
+        mlp = FeedForward(config.mlp_dim, config.dtype, config.quantized, name="mlp")
+        y = mlp(norm("pre_mlp_norm", x))
         x = x + (norm("post_mlp_norm", y) if config.post_norms else y)
         return x, state
 
@@ -184,7 +189,11 @@ class Transformer(nn.Module):
     def setup(self):
         config = self.config
         self.embedder = Embedder(
-            config.vocab_size, config.width, config.tied_embeddings, config.dtype
+            config.vocab_size,
+            config.width,
+            config.tied_embeddings,
+            config.dtype,
+            config.quantized,
         )
         self.layers = [Block(config, kind) for kind in config.layer_types]
         self.final_norm = RMSNorm(config.norm_eps, config.dtype)

@@ -100,10 +100,10 @@ def test_reads(rule, group, size):
 
 @interprets_hopper
 def test_geglu():
-    x, weights = normal(0, 256, 128), 0.1 * normal(1, 128, 512)
+    x, weights = normal(0, 256, 128), 0.1 * normal(1, 512, 128)
     assert geglu_kernel.takes(256, 128, 256)
     found = on_simulated_hopper(geglu_kernel.geglu, x, weights, programs=3)
-    gate, up = jnp.split(x.astype(jnp.float32) @ weights.astype(jnp.float32), 2, axis=-1)
+    gate, up = jnp.split(x.astype(jnp.float32) @ weights.T.astype(jnp.float32), 2, axis=-1)
     assert_near(found, nn.gelu(gate, approximate=True) * up, BF16)
 
 
