@@ -100,6 +100,11 @@ def local_attention(
         window: W of a sliding layer, None elsewhere.
     """
     cosine, sine = map(jnp.asarray, rope_table(rope, q.shape[-1], keys.shape[1] + 1))
+    if _decoding_kernel_takes(q, keys, span):
+        attention = functools.partial(
+            _attention_of_one, history=history, window=window, scale=scale, softcap=softcap
+        )
+        return attention(q, keys, values, sink, span, cosine, sine)
     keys = rotate(keys, cosine[1:], sine[1:])
     positions = jnp.arange(span.slots) + history + 1
     if not span.whole_segments:
@@ -202,6 +207,53 @@ def _attention_by_kernel(
         segment_length=span.segment_length,
         scale=scale,
     )
+
+
+def _decoding_kernel_takes(q: Heads, keys: Array, span: Span) -> bool:
+    if span.slots != 1 or span.whole_segments or q.dtype != jnp.bfloat16 or not kernels.wanted():
+        return False
+    from gemma_jax.model.kernels import decode as kernel
+
+    return kernel.takes(keys.shape[1], q.shape[2] // keys.shape[2], q.shape[3])
+
+
+def _attention_of_one(
+    q: Heads,
+    keys: Array,
+    values: Array,
+    sink: tuple[KVHeads, KVHeads] | None,
+    span: Span,
+    cosine: Array,
+    sine: Array,
+    *,
+    history: int,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Heads:
+    """Attention of one new token a row; the kernel rotates."""
+    from gemma_jax.model.kernels import decode as kernel
+
+    last = history + span.fill
+    first = jnp.maximum(history - span.past, 0)
+    if window is not None:
+        first = jnp.maximum(first, last - window + 1)
+    sees_sink = jnp.zeros_like(last)
+    if sink is not None:
+        sees_sink = _sink_is_seen(span, history)[:, 0].astype(jnp.int32)
+    seen = jnp.stack([first, last, sees_sink], axis=1)
+    out = kernel.attend(
+        q[:, 0],
+        keys,
+        values,
+        (keys, values) if sink is None else sink,  # without one, nothing of it is seen
+        seen,
+        cosine,
+        sine,
+        scale=scale,
+        softcap=softcap,
+    )
+    return out[:, None]
 
 
 def _sink_is_seen(span: Span, history: int) -> Bool[Array, "B N"]:

@@ -301,14 +301,17 @@ def _delta_map_by_kernel(key: Array, value: Array, gate: Array) -> tuple[Array, 
 
 
 def _fastest(plain: Callable, name: str, q: Array, kv_heads: int) -> Callable:
-    """`plain`, or the kernel that reads memory in the same way, where it takes such queries."""
+    """`plain`, or the kernel that reads memory in the same way, where one takes such queries."""
     if q.dtype != jnp.bfloat16 or not kernels.wanted():
         return plain
-    from gemma_jax.model.kernels import read
+    from gemma_jax.model.kernels import decode, read
 
-    if not read.takes(q.shape[1], q.shape[2] // kv_heads, q.shape[3]):
-        return plain
-    return kernels.with_gradient_of(plain, getattr(read, name))
+    tokens, group, dim = q.shape[1], q.shape[2] // kv_heads, q.shape[3]
+    if tokens == 1 and decode.takes(decode.KEYS, group, dim):
+        return kernels.with_gradient_of(plain, getattr(decode, name))
+    if read.takes(tokens, group, dim):
+        return kernels.with_gradient_of(plain, getattr(read, name))
+    return plain
 
 
 def _divide(found: Array, total: Array) -> Array:

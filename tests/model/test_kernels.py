@@ -1,6 +1,7 @@
 """Kernels compute what the plain lines of the model compute; here without a GPU, in interpret mode."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -12,9 +13,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from reference import random_params, random_tokens, tiny_config
 
 from gemma_jax import PRESETS, forward, prefill
-from gemma_jax.config import GLOBAL
+from gemma_jax.config import GLOBAL, Rope
 from gemma_jax.model import attention, kernels, memory
 from gemma_jax.model.kernels import attention as attention_kernel
+from gemma_jax.model.kernels import decode as decode_kernel
 from gemma_jax.model.kernels import delta as delta_kernel
 from gemma_jax.model.kernels import geglu as geglu_kernel
 from gemma_jax.model.kernels import read as read_kernel
@@ -71,12 +73,12 @@ def test_delta_map(kind, tokens):
 
 
 @pytest.mark.parametrize("rule", ["linear", "gated_delta"])
-@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("tokens, group", [(64, 1), (64, 4), (1, 1), (1, 3)])
 @pytest.mark.parametrize(
     "size", [1.0, 1e-3]
 )  # of what is in memory: as small as the norms' epsilon
-def test_reads(rule, group, size):
-    kv_heads, dim, tokens = 2, 64, 64
+def test_reads(rule, tokens, group, size):
+    kv_heads, dim = 2, 64
     config = tiny_config(
         rule=rule, num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=dim, dtype="bfloat16"
     )
@@ -84,15 +86,19 @@ def test_reads(rule, group, size):
     q, attended = (normal(i, 2, tokens, kv_heads * group, dim) for i in range(2))
     state = {"M": size * normal(2, 2, kv_heads, dim, dim, dtype=jnp.float32)}
     gate = normal(4, kv_heads * group, dtype=jnp.float32)
-    assert read_kernel.takes(tokens, group, dim)
+    if tokens == 1:
+        module, takes = decode_kernel, decode_kernel.takes(32, group, dim)
+    else:
+        module, takes = read_kernel, read_kernel.takes(tokens, group, dim)
+    assert takes
     if rule == "linear":
         z = jnp.abs(normal(3, 2, kv_heads, dim, dtype=jnp.float32)).at[0].set(0.0)
         state["z"] = z  # nothing was written in the first row
-        found = read_kernel.mix_linear_read(
+        found = module.mix_linear_read(
             q, attended, state["M"], z, jax.nn.sigmoid(gate), interpret=True
         )
     else:
-        found = read_kernel.add_normalized_read(q, attended, state["M"], gate, interpret=True)
+        found = module.add_normalized_read(q, attended, state["M"], gate, interpret=True)
     wanted = made.read({"gate": gate}, state, q, attended)
     assert found.dtype == wanted.dtype == jnp.bfloat16
     assert_near(found, wanted, BF16)
@@ -129,6 +135,34 @@ def test_attention(history, monkeypatch):
     wanted = attention._attention_by_masks(*args, **options, window=None, softcap=None)
     found = on_simulated_hopper(attention._attention_by_kernel, *args, **options)
     assert_near(found, wanted, 2 * BF16)
+
+
+@pytest.mark.parametrize("batch", [3, 40])  # a program has one step, and several
+@pytest.mark.parametrize(
+    "kind, softcap", [("global", None), ("global", 5.0), ("no sink", None), ("sliding", None)]
+)
+def test_attention_of_one_token(kind, softcap, batch, monkeypatch):
+    """Texts at their start, in the middle of a segment, and at its end."""
+    length, history, kv_heads, group, dim = 128, 128, 2, 3, 64
+    q = normal(0, batch, 1, kv_heads * group, dim)
+    keys, values = (normal(i, batch, history + length, kv_heads, dim) for i in (1, 2))
+    sink = tuple(normal(i, batch, 1, kv_heads, dim) for i in (3, 4)) if kind == "global" else None
+    fill, past = (jnp.resize(jnp.array(x), batch) for x in ([5, 100, 127], [0, 7 * length, 130]))
+    span = Span(fill, past, jnp.ones_like(fill), 1, length)
+    options = {"history": history, "window": 40 if kind == "sliding" else None, "scale": 0.125}
+    options |= {"rope": Rope(10_000.0), "softcap": softcap}
+
+    def attend(*args):
+        return attention.local_attention(*args, span, **options)
+
+    args = (q, keys, values, sink)
+    wanted = attend(*jax.tree.map(lambda x: x.astype(jnp.float32), args))
+    monkeypatch.setattr(kernels, "wanted", lambda: True)
+    kernel = functools.partial(decode_kernel.attend, interpret=True)
+    calls = []
+    monkeypatch.setattr(decode_kernel, "attend", lambda *a, **k: calls.append(a) or kernel(*a, **k))
+    assert_near(attend(*args), wanted, 2 * BF16)
+    assert calls
 
 
 @pytest.mark.parametrize(
