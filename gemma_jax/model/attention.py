@@ -7,6 +7,7 @@ so they stay small whatever was read.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,11 +101,6 @@ def local_attention(
         window: W of a sliding layer, None elsewhere.
     """
     cosine, sine = map(jnp.asarray, rope_table(rope, q.shape[-1], keys.shape[1] + 1))
-    if _decoding_kernel_takes(q, keys, span):
-        attention = functools.partial(
-            _attention_of_one, history=history, window=window, scale=scale, softcap=softcap
-        )
-        return attention(q, keys, values, sink, span, cosine, sine)
     keys = rotate(keys, cosine[1:], sine[1:])
     positions = jnp.arange(span.slots) + history + 1
     if not span.whole_segments:
@@ -209,7 +205,8 @@ def _attention_by_kernel(
     )
 
 
-def _decoding_kernel_takes(q: Heads, keys: Array, span: Span) -> bool:
+def decoding_kernel_takes(q: Heads, keys: KVHeads, span: Span) -> bool:
+    """Whether `attention_of_one` can be used for such a step."""
     if span.slots != 1 or span.whole_segments or q.dtype != jnp.bfloat16 or not kernels.wanted():
         return False
     from gemma_jax.model.kernels import decode as kernel
@@ -217,21 +214,21 @@ def _decoding_kernel_takes(q: Heads, keys: Array, span: Span) -> bool:
     return kernel.takes(keys.shape[1], q.shape[2] // keys.shape[2], q.shape[3])
 
 
-def _attention_of_one(
+def attention_of_one(
     q: Heads,
-    keys: Array,
-    values: Array,
+    keys: Float[Array, "B L K C"],
+    values: Float[Array, "B L K C"],
     sink: tuple[KVHeads, KVHeads] | None,
     span: Span,
-    cosine: Array,
-    sine: Array,
+    lookup: Any = None,
     *,
     history: int,
     window: int | None,
+    rope: Rope,
     scale: float,
     softcap: float | None,
 ) -> Heads:
-    """Attention of one new token a row; the kernel rotates."""
+    """`local_attention` of one new token a row by kernels; with `lookup`, memory is read too."""
     from gemma_jax.model.kernels import decode as kernel
 
     last = history + span.fill
@@ -241,15 +238,16 @@ def _attention_of_one(
     sees_sink = jnp.zeros_like(last)
     if sink is not None:
         sees_sink = _sink_is_seen(span, history)[:, 0].astype(jnp.int32)
-    seen = jnp.stack([first, last, sees_sink], axis=1)
+    cosine, sine = map(jnp.asarray, rope_table(rope, q.shape[-1], keys.shape[1] + 1))
     out = kernel.attend(
         q[:, 0],
         keys,
         values,
         (keys, values) if sink is None else sink,  # without one, nothing of it is seen
-        seen,
+        jnp.stack([first, last, sees_sink], axis=1),
         cosine,
         sine,
+        lookup,
         scale=scale,
         softcap=softcap,
     )

@@ -87,6 +87,10 @@ class MemoryRule:
         """Mixes what the queries find in memory with what local attention found."""
         return attended
 
+    def lookup(self, p: Params, memory: Memory) -> Any:
+        """`read` as a `kernels.decode.Lookup`, if the kernels for decoding can do it; else None."""
+        return None
+
     def prepare(self, features: Features, mask: Bool[Array, "B S"]) -> Features:
         """What of a write does not depend on memory; `features` has `key` and `value` [B, S, K, C].
 
@@ -143,6 +147,11 @@ class Linear(MemoryRule):
 
         read = _fastest(plain, "mix_linear_read", q, self.config.num_kv_heads)
         return read(q, attended, memory["M"], memory["z"], self.gates(p)["read"])
+
+    def lookup(self, p, memory):
+        from gemma_jax.model.kernels.decode import Lookup
+
+        return Lookup(memory["M"], self.gates(p)["read"], memory["z"])
 
     def prepare(self, features, mask):
         phi = elu_plus_one(features["key"]) * mask[..., None, None]
@@ -220,6 +229,11 @@ class GatedDelta(MemoryRule):
 
         read = _fastest(plain, "add_normalized_read", q, self.config.num_kv_heads)
         return read(q, attended, memory["M"], p["gate"].astype(jnp.float32))
+
+    def lookup(self, p, memory):
+        from gemma_jax.model.kernels.decode import Lookup
+
+        return Lookup(memory["M"], p["gate"].astype(jnp.float32), eps=EPS)
 
     def prepare(self, features, mask):
         gate = jnp.where(mask[..., None], features["write"], 0.0)
@@ -301,17 +315,14 @@ def _delta_map_by_kernel(key: Array, value: Array, gate: Array) -> tuple[Array, 
 
 
 def _fastest(plain: Callable, name: str, q: Array, kv_heads: int) -> Callable:
-    """`plain`, or the kernel that reads memory in the same way, where one takes such queries."""
+    """`plain`, or the kernel that reads memory in the same way, where it takes such queries."""
     if q.dtype != jnp.bfloat16 or not kernels.wanted():
         return plain
-    from gemma_jax.model.kernels import decode, read
+    from gemma_jax.model.kernels import read
 
-    tokens, group, dim = q.shape[1], q.shape[2] // kv_heads, q.shape[3]
-    if tokens == 1 and decode.takes(decode.KEYS, group, dim):
-        return kernels.with_gradient_of(plain, getattr(decode, name))
-    if read.takes(tokens, group, dim):
-        return kernels.with_gradient_of(plain, getattr(read, name))
-    return plain
+    if not read.takes(q.shape[1], q.shape[2] // kv_heads, q.shape[3]):
+        return plain
+    return kernels.with_gradient_of(plain, getattr(read, name))
 
 
 def _divide(found: Array, total: Array) -> Array:

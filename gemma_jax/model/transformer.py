@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.config import GLOBAL, SLIDING, GemmaConfig
+from gemma_jax.model import kernels
 from gemma_jax.model import memory as memory_lib
-from gemma_jax.model.attention import local_attention
+from gemma_jax.model.attention import attention_of_one, decoding_kernel_takes, local_attention
 from gemma_jax.model.layers import Embedder, FeedForward, RMSNorm, declare
 from gemma_jax.model.state import (
     LayerState,
@@ -91,25 +92,39 @@ class Attention(nn.Module):
         if only is not None:
             q = jnp.take_along_axis(q, only[:, None, None, None], axis=1)
             keys, values, before, span = look_at(only, keys, values, before, span, history)
-        attended = local_attention(
-            q,
-            keys,
-            values,
-            (state.sink_key, state.sink_value) if state.sink_key is not None else None,
-            span,
-            history=history,
-            window=config.sliding_window if self.layer_type == SLIDING else None,
-            rope=config.rope(self.layer_type),
-            scale=config.query_scale,
-            softcap=config.attention_softcap,
-        )
-        if recurrent:
-            attended = self._read(rule, p, before, q, attended, span.num_segments)
+        sink = (state.sink_key, state.sink_value) if state.sink_key is not None else None
+        options = {
+            "history": history,
+            "window": config.sliding_window if self.layer_type == SLIDING else None,
+            "rope": config.rope(self.layer_type),
+            "scale": config.query_scale,
+            "softcap": config.attention_softcap,
+        }
+
+        def plain(q, keys, values, sink, span, p, before):
+            attended = local_attention(q, keys, values, sink, span, **options)
+            if not recurrent:
+                return attended
+            return self._read(rule, p, before, q, attended, span.num_segments)
+
+        def by_kernels(q, keys, values, sink, span, p, before):
+            memory = jax.tree.map(lambda leaf: leaf[0], before)
+            lookup = rule.lookup(p, memory) if recurrent else None
+            attended = attention_of_one(q, keys, values, sink, span, lookup, **options)
+            if not recurrent or lookup is not None:
+                return attended
+            return self._read(rule, p, before, q, attended, 1)
+
+        if decoding_kernel_takes(q, keys, span):
+            attend = kernels.with_gradient_of(plain, by_kernels)
+        else:
+            attend = plain
+        attended = attend(q, keys, values, sink, span, p, before)
         attended = attended.reshape(*attended.shape[:2], -1)
         return product(attended, out), state
 
     def _remember_sink(self, state: LayerState, k: Array, v: Array, span: Span) -> LayerState:
-        if state.sink_key is None:
+        if state.sink_key is None or span.steady:
             return state
         starts = ((span.past + span.fill == 0) & (span.count > 0))[:, None, None, None]
         return state.replace(
@@ -205,7 +220,7 @@ class Transformer(nn.Module):
         count: Int[Array, " B"] | None = None,
         *,
         last_only: bool = False,
-        settle: bool = True,
+        steady: bool = False,
     ) -> tuple[Float[Array, "B _ D"], State]:
         """One step over T slots; see `state.Span` for where its tokens must stand.
 
@@ -215,13 +230,14 @@ class Transformer(nn.Module):
             count: new tokens of each row; all slots by default.
             last_only: whether hidden states are wanted of each row's last new token alone, [B, 1, D];
                 then the last layer attends and feeds forward for these tokens alone.
-            settle: False promises that no row completes its segment, for steps within one segment.
+            steady: promises that no row starts its text or completes its segment, for steps within
+                one segment.
         """
         segment_length = self.config.memory.segment_length
         slots = tokens.shape[1]
         if count is None:
             count = slots - (state.fill if slots >= segment_length else 0) + 0 * state.fill
-        span = Span(state.fill, state.past, count, slots, segment_length)
+        span = Span(state.fill, state.past, count, slots, segment_length, steady)
         x = self.embedder.encode(tokens)
         last = jnp.maximum(span.first + count - 1, 0) if last_only else None
         layers = []
@@ -229,7 +245,7 @@ class Transformer(nn.Module):
             only = last if i == self.config.num_layers - 1 else None
             x, layer = block(x, layer, span, only)
             layers.append(layer)
-        return self.final_norm(x), advance(self.config, state, tuple(layers), span, settle)
+        return self.final_norm(x), advance(self.config, state, tuple(layers), span)
 
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Logits in float32."""
@@ -303,9 +319,8 @@ def advance(
     state: State,
     layers: tuple[LayerState, ...],
     span: Span,
-    settle: bool = True,
 ) -> State:
-    """The State after a step whose layers left `layers`; for `settle` see `Transformer`."""
+    """The State after a step whose layers left `layers`."""
 
     def settle_all(layers: tuple[LayerState, ...]) -> tuple[LayerState, ...]:
         pairs = zip(config.layer_types, layers, strict=True)
@@ -319,7 +334,7 @@ def advance(
 
     if span.whole_segments:
         layers = settle_all(layers)
-    elif not settle:
+    elif span.steady:
         layers = truncate(layers)
     else:
         layers = jax.lax.cond(jnp.any(span.completed > 0), settle_all, truncate, layers)

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from reference import random_params, random_tokens, tiny_config
 
-from gemma_jax import PRESETS, forward, prefill
+from gemma_jax import PRESETS, Greedy, decode_block, forward, prefill
 from gemma_jax.config import GLOBAL, Rope
 from gemma_jax.model import attention, kernels, memory
 from gemma_jax.model.kernels import attention as attention_kernel
@@ -73,12 +73,12 @@ def test_delta_map(kind, tokens):
 
 
 @pytest.mark.parametrize("rule", ["linear", "gated_delta"])
-@pytest.mark.parametrize("tokens, group", [(64, 1), (64, 4), (1, 1), (1, 3)])
+@pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize(
     "size", [1.0, 1e-3]
 )  # of what is in memory: as small as the norms' epsilon
-def test_reads(rule, tokens, group, size):
-    kv_heads, dim = 2, 64
+def test_reads(rule, group, size):
+    kv_heads, dim, tokens = 2, 64, 64
     config = tiny_config(
         rule=rule, num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=dim, dtype="bfloat16"
     )
@@ -86,19 +86,15 @@ def test_reads(rule, tokens, group, size):
     q, attended = (normal(i, 2, tokens, kv_heads * group, dim) for i in range(2))
     state = {"M": size * normal(2, 2, kv_heads, dim, dim, dtype=jnp.float32)}
     gate = normal(4, kv_heads * group, dtype=jnp.float32)
-    if tokens == 1:
-        module, takes = decode_kernel, decode_kernel.takes(32, group, dim)
-    else:
-        module, takes = read_kernel, read_kernel.takes(tokens, group, dim)
-    assert takes
+    assert read_kernel.takes(tokens, group, dim)
     if rule == "linear":
         z = jnp.abs(normal(3, 2, kv_heads, dim, dtype=jnp.float32)).at[0].set(0.0)
         state["z"] = z  # nothing was written in the first row
-        found = module.mix_linear_read(
+        found = read_kernel.mix_linear_read(
             q, attended, state["M"], z, jax.nn.sigmoid(gate), interpret=True
         )
     else:
-        found = module.add_normalized_read(q, attended, state["M"], gate, interpret=True)
+        found = read_kernel.add_normalized_read(q, attended, state["M"], gate, interpret=True)
     wanted = made.read({"gate": gate}, state, q, attended)
     assert found.dtype == wanted.dtype == jnp.bfloat16
     assert_near(found, wanted, BF16)
@@ -137,11 +133,19 @@ def test_attention(history, monkeypatch):
     assert_near(found, wanted, 2 * BF16)
 
 
-@pytest.mark.parametrize("batch", [3, 40])  # a program has one step, and several
 @pytest.mark.parametrize(
-    "kind, softcap", [("global", None), ("global", 5.0), ("no sink", None), ("sliding", None)]
+    "rule, kind, softcap, batch",
+    [
+        ("off", "global", None, 3),
+        ("off", "global", 5.0, 3),
+        ("off", "no sink", None, 3),
+        ("off", "sliding", None, 3),
+        ("linear", "global", None, 3),
+        ("gated_delta", "global", None, 3),
+        ("gated_delta", "no sink", 5.0, 80),  # a program has several steps
+    ],
 )
-def test_attention_of_one_token(kind, softcap, batch, monkeypatch):
+def test_one_token(rule, kind, softcap, batch):
     """Texts at their start, in the middle of a segment, and at its end."""
     length, history, kv_heads, group, dim = 128, 128, 2, 3, 64
     q = normal(0, batch, 1, kv_heads * group, dim)
@@ -151,18 +155,67 @@ def test_attention_of_one_token(kind, softcap, batch, monkeypatch):
     span = Span(fill, past, jnp.ones_like(fill), 1, length)
     options = {"history": history, "window": 40 if kind == "sliding" else None, "scale": 0.125}
     options |= {"rope": Rope(10_000.0), "softcap": softcap}
-
-    def attend(*args):
-        return attention.local_attention(*args, span, **options)
+    config = tiny_config(
+        rule=rule, num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=dim, dtype="bfloat16"
+    )
+    made, p = make_rule(config), {"gate": normal(5, kv_heads * group, dtype=jnp.float32)}
+    state = {"M": normal(6, batch, kv_heads, dim, dim, dtype=jnp.float32)}
+    z = jnp.abs(normal(7, batch, kv_heads, dim, dtype=jnp.float32))
+    state["z"] = z.at[0].set(0.0)  # nothing was written in the first row
+    assert decode_kernel.takes(history + length, group, dim)
 
     args = (q, keys, values, sink)
-    wanted = attend(*jax.tree.map(lambda x: x.astype(jnp.float32), args))
-    monkeypatch.setattr(kernels, "wanted", lambda: True)
-    kernel = functools.partial(decode_kernel.attend, interpret=True)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), args)
+    wanted = made.read(p, state, wide[0], attention.local_attention(*wide, span, **options))
+    lookup = made.lookup(p, state)
+    assert (lookup is None) == (rule == "off")
+    with pytest.MonkeyPatch.context() as patch:
+        kernel = functools.partial(decode_kernel.attend, interpret=True)
+        patch.setattr(decode_kernel, "attend", kernel)
+        found = attention.attention_of_one(*args, span, lookup, **options)
+    assert_near(found, wanted, 2 * BF16)
+
+
+def test_a_step_of_decoding_uses_them(monkeypatch):
+    """The same tokens with the kernels, in interpret mode, as with the plain lines."""
     calls = []
-    monkeypatch.setattr(decode_kernel, "attend", lambda *a, **k: calls.append(a) or kernel(*a, **k))
-    assert_near(attend(*args), wanted, 2 * BF16)
+
+    def attend(*args, real=decode_kernel.attend, **kwargs):
+        calls.append(kwargs)
+        return real(*args, **kwargs, interpret=True)
+
+    monkeypatch.setattr(decode_kernel, "attend", attend)
+    config = tiny_config(
+        rule="gated_delta", segment_length=32, dtype="bfloat16", head_dim=64, sliding_window=33
+    )
+    params, tokens = random_params(config, scale=0.1), random_tokens(config, 2, 78)
+
+    def written():
+        jax.clear_caches()
+        logits, state = prefill(params, tokens, init_state(config, 2), config=config)
+        steps = []
+        for _ in range(5):
+            _, _, logits, state = decode_block(
+                params,
+                jax.nn.one_hot(jnp.array([3, 7]), config.vocab_size),
+                state,
+                config=config,
+                sampling=Greedy(),
+                key=jax.random.key(0),
+                num_tokens=1,
+            )
+            steps.append(np.asarray(logits))
+        return np.stack(steps)
+
+    wanted = written()
+    assert not calls
+    monkeypatch.setattr(kernels, "wanted", lambda: True)
+    for module in (attention_kernel, geglu_kernel, delta_kernel, read_kernel):
+        monkeypatch.setattr(module, "takes", lambda *args: False)
+    found = written()
+    jax.clear_caches()
     assert calls
+    assert np.linalg.norm(found - wanted) <= 0.02 * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,24 @@
 """Attention and memory of one new token a row, for Hopper GPUs: kernels for decoding.
 
-A single token leaves most of a GPU idle unless its window is divided: `attend` gives every program a
-few keys, which it rotates as it reads them, and joins the partial softmaxes (as Flash-Decoding does).
-`add_normalized_read` and `mix_linear_read` read memory for one token. Triton (Pallas).
+A single token leaves most of a GPU idle unless its work is divided. Every program of the first kernel
+takes a few keys, which it rotates as it reads them, or a few rows of memory; the second joins the
+partial softmaxes (as Flash-Decoding does), sums what was found in memory, and mixes the two. Triton
+(Pallas).
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 KEYS = 32  # of one step of a program
-PROGRAMS = 128  # about one per multiprocessor
+PROGRAMS = 512  # a few per multiprocessor
 HEADS = 16  # the fewest rows that tensor cores multiply; a group of fewer is repeated
-DEPTH = 64  # rows of memory in one step
+DEPTH = 32  # rows of memory of a program
 NOTHING = -1e30  # score of what is not seen
 
 dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
@@ -25,7 +27,36 @@ dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 def takes(window: int, group: int, head_dim: int) -> bool:
     """Whether the kernels divide these shapes evenly."""
     power_of_two = head_dim & (head_dim - 1) == 0
-    return window % KEYS == 0 and group <= HEADS and power_of_two and head_dim >= DEPTH
+    return window % KEYS == 0 and group <= HEADS and power_of_two and head_dim >= 2 * DEPTH
+
+
+@struct.dataclass
+class Lookup:
+    """A memory that the kernels can read, with f = phi(q) M or q M.
+
+    Without `total` what is mixed in is attended + gate * rms_norm(f / |q|), with it
+    gate * f / (phi(q) total) + (1 - gate) * attended, where phi = ELU + 1 and 0 / 0 = 0.
+    """
+
+    matrix: Float[Array, "B K C C"]
+    gate: Float[Array, " H"]
+    total: Float[Array, "B K C"] | None = None
+    eps: float = struct.field(pytree_node=False, default=1e-6)
+
+    def features(self, q: Array) -> Array:
+        if self.total is None:
+            return q
+        return jnp.where(q > 0.0, q + 1.0, jnp.exp(jnp.minimum(q, 0.0)))
+
+    def mix(self, q: Array, found: Array, attended: Array, gate: Array, total: Array) -> Array:
+        """Of one query head, float32: vectors [C], and `total` [C] if there is one."""
+        if self.total is None:
+            found *= jax.lax.rsqrt(jnp.sum(q * q) + self.eps)
+            found *= jax.lax.rsqrt(jnp.sum(found * found) / found.size + self.eps)
+            return attended + gate * found
+        total = jnp.sum(self.features(q) * total)
+        found *= jnp.where(total == 0.0, 0.0, 1.0 / jnp.where(total == 0.0, 1.0, total))
+        return gate * found + (1.0 - gate) * attended
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "softcap", "interpret"))
@@ -37,6 +68,7 @@ def attend(
     seen: Int[Array, "B 3"],
     cosine: Float[Array, "L1 C/2"],
     sine: Float[Array, "L1 C/2"],
+    lookup: Lookup | None = None,
     *,
     scale: float,
     softcap: float | None = None,
@@ -48,35 +80,65 @@ def attend(
         seen: the first key of the window that is seen, the last (the query's own), and whether the
             sink is seen (0 or 1).
         cosine, sine: of positions 0 (the sink's) to L; key i stands at i + 1.
+        lookup: a memory to read for the same queries.
     """
     (batch, window, kv_heads, dim), heads = keys.shape, q.shape[1]
     group, steps = heads // kv_heads, window // KEYS
     steps_each = 1 << max(batch * kv_heads * steps // PROGRAMS, 1).bit_length() - 1
     programs = pl.cdiv(steps, steps_each)
-    kernel = functools.partial(
-        _attend, group=group, steps_each=steps_each, scale=scale, softcap=softcap
-    )
+    readers = dim // DEPTH if lookup else 0
     row = pl.BlockSpec((None, group, dim), lambda b, k, i: (b, k, 0))
     stream = pl.BlockSpec((None, window, None, dim), lambda b, k, i: (b, 0, k, 0))
     first = pl.BlockSpec((None, None, None, dim), lambda b, k, i: (b, 0, k, 0))
     table = pl.BlockSpec(cosine.shape, lambda b, k, i: (0, 0))
-    part = pl.BlockSpec((None, None, None, HEADS, dim), lambda b, k, i: (b, k, i, 0, 0))
-    number = pl.BlockSpec((None, None, None, HEADS), lambda b, k, i: (b, k, i, 0))
-    parts = (batch, kv_heads, 1 << (programs - 1).bit_length(), HEADS)  # `_join` needs a power of 2
+    matrix = pl.BlockSpec((None, None, dim, dim), lambda b, k, i: (b, k, 0, 0))
+    operands = [(q, row), (keys, stream), (values, stream), (sink[0], first), (sink[1], first)]
+    operands += [(seen, pl.BlockSpec((None, 3), lambda b, k, i: (b, 0)))]
+    operands += [(cosine, table), (sine, table)]
+    operands += [(lookup.matrix, matrix)] if lookup else []
+
+    def kernel(*refs):
+        inputs, outputs, program = refs[: len(operands)], refs[len(operands) :], pl.program_id(2)
+
+        @pl.when(program < programs)
+        def attention():
+            part = functools.partial(_attend, group=group, steps=steps_each, program=program)
+            part(*inputs[:8], *outputs[:3], scale=scale, softcap=softcap)
+
+        if lookup:
+
+            @pl.when(program >= programs)
+            def memory():
+                reader = program - programs
+                depth, rows = pl.ds(reader * DEPTH, DEPTH), _rows(group)
+                features = lookup.features(inputs[0][rows, depth].astype(jnp.float32))
+                outputs[3][reader, :, :] = dot(features, inputs[8][depth, :], precision="highest")
+
+    def of_head(shape: tuple[int, ...]) -> pl.BlockSpec:
+        zeros = (0,) * len(shape)
+        return pl.BlockSpec((None, None, *shape), lambda b, k, i: (b, k, *zeros))
+
+    # `_join` needs a power of two.
+    shapes = [(1 << (programs - 1).bit_length(), HEADS, dim)]
+    shapes += [shapes[0][:2]] * 2 + [(readers, HEADS, dim)] * (readers > 0)
     found = pl.pallas_call(
         kernel,
-        grid=(batch, kv_heads, programs),
-        in_specs=[row, stream, stream, first, first]
-        + [pl.BlockSpec((None, 3), lambda b, k, i: (b, 0)), table, table],
-        out_specs=[part, number, number],
+        grid=(batch, kv_heads, programs + readers),
+        in_specs=[spec for _, spec in operands],
+        out_specs=[of_head(shape) for shape in shapes],
         out_shape=[
-            jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*parts, dim), parts, parts)
+            jax.ShapeDtypeStruct((batch, kv_heads, *shape), jnp.float32) for shape in shapes
         ],
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         name="attend_one",
         interpret=interpret,
-    )(q, keys, values, *sink, seen, cosine, sine)
-    return _join(*found, programs=programs, like=q, interpret=interpret)
+    )(*[operand for operand, _ in operands])
+    return _join(*found, programs=programs, q=q, lookup=lookup, interpret=interpret)
+
+
+def _rows(group: int) -> Int[Array, " HEADS"]:
+    """The query heads of a group, repeated."""
+    return jax.lax.broadcasted_iota(jnp.int32, (HEADS,), 0) % group
 
 
 def _attend(
@@ -93,14 +155,14 @@ def _attend(
     total_ref,
     *,
     group,
-    steps_each,
+    steps,
+    program,
     scale,
     softcap,
 ):
-    program, half, dtype = pl.program_id(2), q_ref.shape[1] // 2, q_ref.dtype
+    half, dtype, row = q_ref.shape[1] // 2, q_ref.dtype, _rows(group)
     first, last, sees_sink = seen_ref[0], seen_ref[1], seen_ref[2]
-    begin = program * steps_each * KEYS
-    row = jax.lax.broadcasted_iota(jnp.int32, (HEADS,), 0) % group
+    begin = program * steps * KEYS
     halves = (pl.ds(0, half), pl.ds(half, half))
     q = [q_ref[row, part].astype(jnp.float32) for part in halves]
 
@@ -144,132 +206,70 @@ def _attend(
     best = jnp.where(with_sink, cap(score), NOTHING)
     total = jnp.where(with_sink, jnp.ones_like(best), 0.0)
     out = tuple(total[:, None] * sink_value_ref[part].astype(jnp.float32)[None] for part in halves)
-    low = jnp.clip(first // KEYS - program * steps_each, 0, steps_each)
-    high = jnp.clip(last // KEYS + 1 - program * steps_each, 0, steps_each)
+    low = jnp.clip(first // KEYS - program * steps, 0, steps)
+    high = jnp.clip(last // KEYS + 1 - program * steps, 0, steps)
     out, best, total = jax.lax.fori_loop(low, high, step, (out, best, total))
     for x, part in zip(out, halves, strict=True):
-        out_ref[:, part] = x
-    best_ref[...] = best
-    total_ref[...] = total
+        out_ref[program, :, part] = x
+    best_ref[program, :] = best
+    total_ref[program, :] = total
 
 
 def _join(
     out: Float[Array, "B K P HEADS C"],
     best: Float[Array, "B K P HEADS"],
     total: Float[Array, "B K P HEADS"],
+    found: Float[Array, "B K R HEADS C"] | None = None,
     *,
     programs: int,
-    like: Float[Array, "B H C"],
+    q: Float[Array, "B H C"],
+    lookup: Lookup | None,
     interpret: bool,
 ) -> Float[Array, "B H C"]:
-    """The softmax over all keys from the partial ones of P programs, of which the first are there."""
-    *_, padded, _, dim = out.shape
-    group = like.shape[1] // out.shape[1]
+    """The softmax over all keys from the partial ones of P programs, of which the first are there.
 
-    def kernel(out_ref, best_ref, total_ref, joined_ref):
+    With `lookup` also what was found in memory, in R parts, mixed in.
+    """
+    (batch, kv_heads, padded, _, dim), heads = out.shape, q.shape[1]
+    group = heads // kv_heads
+
+    def kernel(*refs):
+        out_ref, best_ref, total_ref, *rest, joined_ref = refs
         there = jax.lax.broadcasted_iota(jnp.int32, (padded,), 0) < programs
         best = jnp.where(there, best_ref[...], NOTHING)
         weight = jnp.where(there, jnp.exp(best - jnp.max(best)), 0.0)
         total = jnp.sum(jnp.where(there, total_ref[...] * weight, 0.0))
         joined = jnp.sum(jnp.where(there[:, None], out_ref[...] * weight[:, None], 0.0), axis=0)
-        joined_ref[...] = (joined / total).astype(joined_ref.dtype)
+        joined = joined / total
+        if lookup:
+            q_ref, gate_ref, found_ref, *memory_total = rest
+            found = jnp.sum(found_ref[...], axis=0)
+            memory_total = memory_total[0][...] if memory_total else None
+            query = q_ref[...].astype(jnp.float32)
+            joined = joined.astype(joined_ref.dtype).astype(jnp.float32)
+            joined = lookup.mix(query, found, joined, gate_ref[0], memory_total)
+        joined_ref[...] = joined.astype(joined_ref.dtype)
 
-    number = pl.BlockSpec((None, None, padded, None), lambda b, k, g: (b, k, 0, g))
+    def parts(x: Array) -> tuple[Array, pl.BlockSpec]:
+        rest = x.shape[4:]
+        block = (None, None, x.shape[2], None, *rest)
+        return x, pl.BlockSpec(block, lambda b, k, g: (b, k, 0, g, *(0 for _ in rest)))
+
+    here = pl.BlockSpec((None, None, dim), lambda b, k, g: (b, k * group + g, 0))
+    operands = [parts(out), parts(best), parts(total)]
+    if lookup:
+        gate = pl.BlockSpec((1,), lambda b, k, g: (k * group + g,))
+        operands += [(q, here), (lookup.gate, gate), parts(found)]
+    if lookup and lookup.total is not None:
+        vector = pl.BlockSpec((None, None, dim), lambda b, k, g: (b, k, 0))
+        operands += [(lookup.total, vector)]
     return pl.pallas_call(
         kernel,
-        grid=(out.shape[0], out.shape[1], group),
-        in_specs=[
-            pl.BlockSpec((None, None, padded, None, dim), lambda b, k, g: (b, k, 0, g, 0)),
-            number,
-            number,
-        ],
-        out_specs=pl.BlockSpec((None, None, dim), lambda b, k, g: (b, k * group + g, 0)),
-        out_shape=jax.ShapeDtypeStruct(like.shape, like.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
-        name="join",
-        interpret=interpret,
-    )(out, best, total)
-
-
-@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
-def add_normalized_read(
-    q: Float[Array, "B 1 H C"],
-    attended: Float[Array, "B 1 H C"],
-    memory: Float[Array, "B K C C"],
-    gate: Float[Array, " H"],
-    *,
-    eps: float = 1e-6,
-    interpret: bool = False,
-) -> Float[Array, "B 1 H C"]:
-    """attended + gate * rms_norm(l2_normalize(q) M); float32 inside."""
-
-    def mix(q, found, attended, gate):
-        found *= jax.lax.rsqrt(jnp.sum(q * q) + eps)
-        found *= jax.lax.rsqrt(jnp.sum(found * found) / found.size + eps)
-        return attended + gate * found
-
-    return _read(lambda q: q, mix, q, attended, memory, None, gate, interpret)
-
-
-@functools.partial(jax.jit, static_argnames=("interpret",))
-def mix_linear_read(
-    q: Float[Array, "B 1 H C"],
-    attended: Float[Array, "B 1 H C"],
-    memory: Float[Array, "B K C C"],
-    total: Float[Array, "B K C"],
-    weight: Float[Array, " H"],
-    *,
-    interpret: bool = False,
-) -> Float[Array, "B 1 H C"]:
-    """weight * phi(q) M / phi(q) z + (1 - weight) * attended, with phi = ELU + 1; 0 is read while z is."""
-
-    def phi(q):
-        return jnp.where(q > 0.0, q + 1.0, jnp.exp(jnp.minimum(q, 0.0)))
-
-    def mix(q, found, attended, weight, z):
-        total = jnp.sum(phi(q) * z)
-        found *= jnp.where(total == 0.0, 0.0, 1.0 / jnp.where(total == 0.0, 1.0, total))
-        return weight * found + (1.0 - weight) * attended
-
-    return _read(phi, mix, q, attended, memory, total, weight, interpret)
-
-
-def _read(features, mix, q, attended, memory, total, gate, interpret):
-    (batch, _, heads, dim), kv_heads = q.shape, memory.shape[1]
-    group = heads // kv_heads
-
-    def kernel(q_ref, attended_ref, memory_ref, gate_ref, *refs):
-        *total_ref, out_ref = refs
-
-        def step(i, found):
-            depth = pl.ds(i * DEPTH, DEPTH)
-            return (
-                found + features(q_ref[depth].astype(jnp.float32))[:, None] * memory_ref[depth, :]
-            )
-
-        found = jax.lax.fori_loop(0, dim // DEPTH, step, jnp.zeros((DEPTH, dim), jnp.float32))
-        q, attended = (ref[...].astype(jnp.float32) for ref in (q_ref, attended_ref))
-        rest = [ref[...] for ref in total_ref]
-        mixed = mix(q, jnp.sum(found, axis=0), attended, gate_ref[0], *rest)
-        out_ref[...] = mixed.astype(out_ref.dtype)
-
-    here = pl.BlockSpec((None, None, None, dim), lambda b, h: (b, 0, h, 0))
-    matrix = pl.BlockSpec((None, None, dim, dim), lambda b, h: (b, h // group, 0, 0))
-    vector = pl.BlockSpec((None, None, dim), lambda b, h: (b, h // group, 0))
-    operands = [
-        (q, here),
-        (attended, here),
-        (memory, matrix),
-        (gate, pl.BlockSpec((1,), lambda b, h: (h,))),
-    ]
-    operands += [(total, vector)] if total is not None else []
-    return pl.pallas_call(
-        kernel,
-        grid=(batch, heads),
+        grid=(batch, kv_heads, group),
         in_specs=[spec for _, spec in operands],
         out_specs=here,
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, dim), q.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
-        name="read_one",
+        name="join",
         interpret=interpret,
     )(*[operand for operand, _ in operands])
