@@ -30,6 +30,9 @@ from gemma_jax.model.state import (
 
 Params = dict[str, Any]
 
+# JAX's names of what `keep_products` keeps; the last is cuDNN's attention.
+PRODUCTS = ("dot_general", "triangular_solve", "dot_product_attention_fwd_wrapper")
+
 
 class MemoryParams(nn.Module):
     """The parameters that a memory rule asks for, as a dict."""
@@ -176,17 +179,27 @@ class Block(nn.Module):
         return x, state
 
 
+def keep_products(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What a layer keeps for its backward pass: what takes long to compute. A checkpoint policy."""
+    return primitive.name in PRODUCTS
+
+
 class Transformer(nn.Module):
-    """Gemma's decoder: tokens and State in, hidden states and State out."""
+    """Gemma's decoder: tokens and State in, hidden states and State out.
+
+    With `remat_layers` the backward pass computes again whatever is no product.
+    """
 
     config: GemmaConfig
+    remat_layers: bool = False
 
     def setup(self):
         config = self.config
         self.embedder = Embedder(
             config.vocab_size, config.width, config.tied_embeddings, config.dtype
         )
-        self.layers = [Block(config, kind) for kind in config.layer_types]
+        block = nn.remat(Block, policy=keep_products) if self.remat_layers else Block
+        self.layers = [block(config, kind) for kind in config.layer_types]
         self.final_norm = RMSNorm(config.norm_eps, config.dtype)
 
     def __call__(
