@@ -8,7 +8,7 @@ the same State.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from gemma_jax.model.transformer import Params, Transformer
 
 STEP_TOKENS = {"cpu": 256}  # enough for a CPU's matrix products; short prompts stay cheap
 DEFAULT_STEP_TOKENS = 8192
+
+Remat = Literal["layers", "steps"] | None
 
 
 def default_step_tokens(config: GemmaConfig) -> int:
@@ -42,7 +44,8 @@ def scan_steps(
     config: GemmaConfig,
     lengths: Int[Array, " B"] | None = None,
     step_tokens: int | None = None,
-    remat: bool = False,
+    aligned: bool = False,
+    remat: Remat = None,
     last_only: bool = False,
 ) -> tuple[Any, Any, State]:
     """Reads right-padded tokens step by step, showing each step's hidden states to `visit`.
@@ -52,7 +55,8 @@ def scan_steps(
             tokens stand in the slots first to first + count; with `last_only`, hidden [B, 1, D] is
             that of the last of them.
         lengths: tokens of each row; all T by default.
-        remat: recompute each step in the backward pass.
+        aligned: promises that every row stands at the start of a segment: then no step is empty.
+        remat: what the backward pass computes again, see `forward`.
 
     Returns:
         The last carry; ((y, first, count) of each step, stacked), and the State.
@@ -61,15 +65,18 @@ def scan_steps(
     length = config.memory.segment_length
     slots = min(step_tokens or default_step_tokens(config), max(total, 1))
     slots = -(-slots // length) * length if slots >= length else slots
-    if slots >= length:
+    if aligned and on_grid(slots, length):
+        num_steps = -(-total // slots)
+    elif slots >= length:
         num_steps = -(-(total + length - 1) // slots)
     else:  # a step ends at a segment's end
         num_steps = -(-total // slots) + max(total + length - 2, 0) // length
     if lengths is None:
         lengths = jnp.full((batch,), total, jnp.int32)
     lengths = jnp.clip(jnp.asarray(lengths, jnp.int32), 0, total)
-    apply = functools.partial(Transformer(config).apply, {"params": params}, last_only=last_only)
-    if remat:
+    model = Transformer(config, remat_layers=remat is not None)
+    apply = functools.partial(model.apply, {"params": params}, last_only=last_only)
+    if remat == "steps":
         apply = jax.checkpoint(apply)
 
     def step(carry, _):
@@ -88,18 +95,31 @@ def scan_steps(
             y = jax.eval_shape(run, state, inner)[2]
             return state, inner, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), y)
 
-        state, inner, y = jax.lax.cond(jnp.any(count > 0), run, skip, state, inner)
+        if aligned:
+            state, inner, y = run(state, inner)
+        else:
+            state, inner, y = jax.lax.cond(jnp.any(count > 0), run, skip, state, inner)
         return (state, taken + count, inner), (y, first, count)
 
     if total == 0:
         raise UsageError("tokens has no columns: give at least one token.")
     start = (state, jnp.zeros((batch,), jnp.int32), carry)
+    if num_steps == 1:  # without a loop nothing is copied for the backward pass
+        (state, _, carry), steps = step(start, None)
+        return carry, jax.tree.map(lambda leaf: leaf[None], steps), state
     (state, _, carry), steps = jax.lax.scan(step, start, None, length=num_steps)
     return carry, steps, state
 
 
+def on_grid(slots: int, segment_length: int) -> bool:
+    """Whether steps of so many slots, from the start of a segment on, end where segments do."""
+    return slots >= segment_length or segment_length % slots == 0
+
+
 @functools.partial(
-    jax.jit, static_argnames=("config", "step_tokens", "remat"), donate_argnames=("state",)
+    jax.jit,
+    static_argnames=("config", "step_tokens", "aligned", "remat"),
+    donate_argnames=("state",),
 )
 def forward(
     params: Params,
@@ -109,7 +129,8 @@ def forward(
     config: GemmaConfig,
     lengths: Int[Array, " B"] | None = None,
     step_tokens: int | None = None,
-    remat: bool = False,
+    aligned: bool = False,
+    remat: Remat = None,
 ) -> tuple[Float[Array, "B T D"], State]:
     """Hidden states at all positions, after the final norm; differentiable, for research and training.
 
@@ -118,7 +139,11 @@ def forward(
         tokens: right-padded when `lengths` is given.
         state: continues this State, which is consumed.
         step_tokens: slots of a step of the scan; suits the device by default.
-        remat: recompute each step in the backward pass instead of keeping its activations.
+        aligned: promises that every row of `state` stands at the start of a segment (as new ones
+            do); this is faster.
+        remat: what the backward pass computes again to save memory: nothing by default; with
+            "layers" all but each layer's products; with "steps" all but the State before each step
+            (and within a step as with "layers").
 
     Returns:
         Hidden states, zero beyond a row's length, and the State. `logits` turns them into logits.
@@ -137,9 +162,15 @@ def forward(
         config=config,
         lengths=lengths,
         step_tokens=step_tokens,
+        aligned=aligned,
         remat=remat,
     )
     slots = hidden.shape[2]
+    if aligned and on_grid(slots, config.memory.segment_length):
+        found = jnp.moveaxis(hidden, 0, 1).reshape(batch, -1, hidden.shape[-1])[:, :total]
+        if lengths is None:
+            return found, state
+        return jnp.where(jnp.arange(total)[:, None] < lengths[:, None, None], found, 0), state
     end = jnp.cumsum(count, axis=0)  # [steps, B], tokens taken after each step
     position = jnp.arange(total)
     step = jnp.sum(position[:, None, None] >= end, axis=1).T  # [B, T], the step that took the token

@@ -32,6 +32,9 @@ from gemma_jax.model.weights import Weight, declare_weight, product
 
 Params = dict[str, Any]
 
+# JAX's names of what `keep_products` keeps; the last is cuDNN's attention.
+PRODUCTS = ("dot_general", "triangular_solve", "dot_product_attention_fwd_wrapper")
+
 
 class MemoryParams(nn.Module):
     """The parameters that a memory rule asks for, as a dict."""
@@ -196,10 +199,19 @@ class Block(nn.Module):
         return x, state
 
 
+def keep_products(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What a layer keeps for its backward pass: what takes long to compute. A checkpoint policy."""
+    return primitive.name in PRODUCTS
+
+
 class Transformer(nn.Module):
-    """Gemma's decoder: tokens and State in, hidden states and State out."""
+    """Gemma's decoder: tokens and State in, hidden states and State out.
+
+    With `remat_layers` the backward pass computes again whatever is no product.
+    """
 
     config: GemmaConfig
+    remat_layers: bool = False
 
     def setup(self):
         config = self.config
@@ -210,7 +222,8 @@ class Transformer(nn.Module):
             config.dtype,
             config.quantized,
         )
-        self.layers = [Block(config, kind) for kind in config.layer_types]
+        block = nn.remat(Block, policy=keep_products) if self.remat_layers else Block
+        self.layers = [block(config, kind) for kind in config.layer_types]
         self.final_norm = RMSNorm(config.norm_eps, config.dtype)
 
     def __call__(

@@ -136,8 +136,8 @@ def test_gradients_reach_through_memory():
         )
         return jnp.mean(gemma_jax.logits(params, hidden[:, -5:], config=config) ** 2)
 
-    step_by_step = functools.partial(loss, remat=True, step_tokens=8)
-    (_, found), (_, other) = step_by_step(params), loss(params, remat=False, step_tokens=40)
+    step_by_step = functools.partial(loss, remat="steps", step_tokens=8)
+    (_, found), (_, other) = step_by_step(params), loss(params, remat=None, step_tokens=40)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(other), strict=True):
         scale = max(float(jnp.abs(a).max()), 1e-3)
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-4 * scale)

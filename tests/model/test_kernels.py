@@ -299,7 +299,7 @@ def test_a_step_of_training_takes_the_gradient_of_the_plain_lines(monkeypatch):
     def gradient():
         def loss(params):
             state = init_state(config)
-            hidden, _ = forward(params, tokens, state, config=config, step_tokens=16, remat=True)
+            hidden, _ = forward(params, tokens, state, config=config, step_tokens=16, remat="steps")
             return jnp.mean(jnp.square(hidden.astype(jnp.float32)))
 
         return jax.grad(loss)(params)

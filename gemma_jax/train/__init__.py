@@ -1,0 +1,1 @@
+"""Teaching: the loss, and a step of the optimiser through the memory."""
