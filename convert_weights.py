@@ -40,6 +40,7 @@ def convert(options: argparse.Namespace) -> None:
                 options.source,
                 options.dest,
                 dtype=options.dtype or "bfloat16",
+                quantize=options.quantize,
                 revision=options.revision,
                 overwrite=options.overwrite,
                 verify=options.verify,
@@ -76,6 +77,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=("bfloat16", "float32"),
         help="of weights and activations (default: bfloat16; with --to-hf, the checkpoint's)",
     )
+    parser.add_argument(
+        "--quantize",
+        choices=("int8",),
+        help="keep matrices in int8, with a scale per output: half of bfloat16's memory",
+    )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit on the hub")
     parser.add_argument(
         "--verify",
@@ -90,8 +96,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
-    if options.to_hf and (options.verify or options.revision):
-        parser.error("--verify and --revision do not go with --to-hf")
+    if options.to_hf and (options.verify or options.revision or options.quantize):
+        parser.error("--verify, --revision and --quantize do not go with --to-hf")
     return options
 
 

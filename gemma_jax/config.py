@@ -18,6 +18,7 @@ from gemma_jax.errors import GemmaError, InputError, UsageError
 GLOBAL, SLIDING = "global", "sliding"
 LOCAL_ATTENTION_FORMS = ("transformer_xl", "segment")
 DTYPES = ("bfloat16", "float32")
+QUANTIZATIONS = ("int8",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,7 @@ class GemmaConfig:
     bos_id: int = 2
     eos_ids: tuple[int, ...] = (1,)
     dtype: str = "bfloat16"  # of activations and of the carried keys and values
+    quantization: str | None = None  # of matrices: "int8", one scale per output
     memory: MemoryConfig = MemoryConfig()
     name: str = "gemma"
 
@@ -120,6 +122,14 @@ class GemmaConfig:
             )
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype is {self.dtype!r}: choose one of {', '.join(DTYPES)}.")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise UsageError(
+                f"quantization is {self.quantization!r}: choose {' or '.join(QUANTIZATIONS)}, or none."
+            )
+
+    @property
+    def quantized(self) -> bool:
+        return self.quantization is not None
 
     @property
     def num_layers(self) -> int:

@@ -85,8 +85,8 @@ class NumpyGemma:
             p = self.params[f"layers_{i}"]
             y = self.attention(i, kind, self.norm(p["pre_attention_norm"], x))
             x = x + (self.norm(p["post_attention_norm"], y) if config.post_norms else y)
-            gate, up = np.split(self.norm(p["pre_mlp_norm"], x) @ p["mlp"]["gate_up"], 2, axis=-1)
-            y = gelu(gate) * up @ p["mlp"]["down"]
+            gate, up = np.split(self.norm(p["pre_mlp_norm"], x) @ p["mlp"]["gate_up"].T, 2, axis=-1)
+            y = gelu(gate) * up @ p["mlp"]["down"].T
             x = x + (self.norm(p["post_mlp_norm"], y) if config.post_norms else y)
         head = embedder["embedding"] if config.tied_embeddings else embedder["head"]
         logits = self.norm(self.params["final_norm"], x) @ head.T
@@ -111,7 +111,7 @@ class NumpyGemma:
         config = self.config
         heads, kv_heads = config.num_heads, config.num_kv_heads
         q, k, v = np.split(
-            (x @ p["qkv"]).reshape(len(x), -1, config.head_dim), [heads, heads + kv_heads], axis=1
+            (x @ p["qkv"].T).reshape(len(x), -1, config.head_dim), [heads, heads + kv_heads], axis=1
         )
         if config.qk_norm:
             q, k = self.norm(p["query_norm"], q), self.norm(p["key_norm"], k)
@@ -147,7 +147,7 @@ class NumpyGemma:
                 old = slice(leaves, leaves + length)
                 memory.write(x[old], k[old], v[old])
             self.memories[layer] = memory.arrays
-        return out.reshape(len(x), -1) @ p["out"]
+        return out.reshape(len(x), -1) @ p["out"].T
 
     def attend(
         self, kind: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, t: int, start: int

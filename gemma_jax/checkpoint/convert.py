@@ -19,6 +19,7 @@ from gemma_jax.checkpoint.source import SAFETENSORS, TOKENIZER_FILES, Weights, r
 from gemma_jax.checkpoint.verify import Verification, require_reference, verify_checkpoint
 from gemma_jax.config import DTYPES, GemmaConfig
 from gemma_jax.errors import InputError, UsageError
+from gemma_jax.model.weights import SCALE, quantize
 from gemma_jax.text import load_tokenizer
 
 ORIGINAL_FILES = ("config.json", "generation_config.json")
@@ -52,6 +53,7 @@ def convert(
     dest: str | Path,
     *,
     dtype: str = "bfloat16",
+    quantize: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
     verify: bool = False,
@@ -63,6 +65,8 @@ def convert(
         source: a directory, or the id of a model on the hub.
         dest: the checkpoint's directory; it appears when everything went well.
         dtype: "bfloat16" or "float32", of the weights on disk and of the activations.
+        quantize: "int8" keeps matrices in int8, with a scale per output; `dtype` is then that of
+            norms and activations.
         revision: branch, tag or commit on the hub.
         overwrite: replace the checkpoint at `dest`.
         verify: compare logits with Hugging Face transformers (needs torch) before `dest` appears.
@@ -85,7 +89,7 @@ def convert(
     directory = resolve(source, revision)
     local = Path(source).expanduser().is_dir()
     name = directory.resolve().name if local else str(source).split("/")[-1]
-    config = read_config(directory, dtype=dtype, name=name)
+    config = read_config(directory, dtype=dtype, quantize=quantize, name=name)
     load_tokenizer(directory)  # what is wrong with it is known before any work
     weights = Weights(directory)
     names, skipped = _canonical_names(weights)
@@ -97,7 +101,8 @@ def convert(
         entries, {name: shape for name, shape in shapes.items() if name not in tied_head}
     )
     total = sum(entry.size for entry in entries)
-    store.require_space(dest, total * _numpy_dtype(config.dtype).itemsize + TOKENIZER_BYTES)
+    itemsize = 1 if config.quantized else _numpy_dtype(config.dtype).itemsize
+    store.require_space(dest, total * itemsize + TOKENIZER_BYTES)
     with store.new_directory(dest) as content:
         gates = write_params(
             content / store.PARAMS, entries, config, weights, names, on_progress, total
@@ -111,9 +116,9 @@ def convert(
     return Conversion(config, total, skipped, _notices(gates), verification)
 
 
-def read_config(directory: Path, *, dtype: str, name: str) -> GemmaConfig:
+def read_config(directory: Path, *, dtype: str, quantize: str | None, name: str) -> GemmaConfig:
     """The configuration of a Hugging Face directory, with the stop tokens it generates with."""
-    config = GemmaConfig.from_hf(directory, dtype=dtype, name=name)
+    config = GemmaConfig.from_hf(directory, dtype=dtype, quantization=quantize, name=name)
     stops = read_json(directory / "generation_config.json").get("eos_token_id")
     if stops is None:
         return config
@@ -167,8 +172,12 @@ def write_params(
         tree: dict[str, Any] = {}
         for entry in members:
             array = entry.join([_read_finite(weights, names[name]) for name in entry.names])
-            kind = np.dtype(np.float32) if entry.is_gate else _numpy_dtype(config.dtype)
-            array = array.astype(kind, copy=False)
+            if config.quantized and entry.is_matrix:
+                array, scale = quantize(array)
+                _place(tree, _scale_path(entry)[1:], scale)
+            else:
+                kind = np.dtype(np.float32) if entry.is_gate else _numpy_dtype(config.dtype)
+                array = array.astype(kind, copy=False)
             if entry.is_gate:
                 gates.append(array)
             _place(tree, entry.path[1:], array)
@@ -179,6 +188,10 @@ def write_params(
             on_progress(done, total)
     ocp.partial.finalize(path)
     return gates
+
+
+def _scale_path(entry: huggingface.Entry) -> huggingface.Place:
+    return (*entry.path[:-1], entry.path[-1] + SCALE)
 
 
 def _read_finite(weights: Weights, name: str) -> np.ndarray:
@@ -253,7 +266,7 @@ def to_huggingface(
     dtype = dtype or config.dtype
     store.require_space(dest, total * _numpy_dtype(dtype).itemsize + TOKENIZER_BYTES)
     with store.new_directory(dest) as content:
-        _write_shards(content, _tensors(source, entries, dtype, on_progress, total))
+        _write_shards(content, _tensors(source, entries, config, dtype, on_progress, total))
         _copy(source, content, TOKENIZER_FILES)
         _copy(source / store.ORIGINAL, content, ORIGINAL_FILES)
         _correct_config(content / ORIGINAL_FILES[0], config, dtype)
@@ -265,6 +278,7 @@ def to_huggingface(
 def _tensors(
     source: Path,
     entries: tuple[huggingface.Entry, ...],
+    config: GemmaConfig,
     dtype: str,
     on_progress: OnProgress | None,
     total: int,
@@ -272,6 +286,9 @@ def _tensors(
     done = 0
     for entry in entries:
         array = store.load_array(source / store.PARAMS, entry.path)
+        if config.quantized and entry.is_matrix:
+            scale = store.load_array(source / store.PARAMS, _scale_path(entry))
+            array = array.astype(np.float32) * scale[:, None]
         for name, tensor in entry.split(array).items():
             yield name, tensor.astype(np.float32 if entry.is_gate else _numpy_dtype(dtype))
         done += entry.size

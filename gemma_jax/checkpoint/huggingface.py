@@ -38,30 +38,29 @@ _DERIVED_SUFFIX = ".rotary_emb.inv_freq"  # computed from the configuration; old
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One parameter: the tensors `names` joined along their first axis, then transposed or reshaped."""
+    """One parameter: the tensors `names` joined along their first axis; a gate is a flat vector."""
 
     path: Place  # in the parameter tree
     names: tuple[str, ...]  # canonical Hugging Face names
     shapes: tuple[Shape, ...]  # theirs
-    transpose: bool = False  # Hugging Face keeps matrices as [out, in]
 
     def join(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
         """The parameter that the tensors make."""
         joined = tensors[0] if len(tensors) == 1 else np.concatenate(tensors, axis=0)
-        if self.transpose:
-            return np.ascontiguousarray(joined.T)
         return joined.reshape(-1) if self.is_gate else joined
 
     def split(self, parameter: np.ndarray) -> dict[str, np.ndarray]:
         """The tensors that the parameter is made of; the inverse of `join`."""
-        joined = parameter.T if self.transpose else parameter
-        if self.is_gate:
-            joined = joined.reshape(self.shapes[0])
+        joined = parameter.reshape(self.shapes[0]) if self.is_gate else parameter
         ends = np.cumsum([shape[0] for shape in self.shapes])[:-1]
         parts = np.split(joined, ends, axis=0) if len(self.names) > 1 else [joined]
         return {
             name: np.ascontiguousarray(part) for name, part in zip(self.names, parts, strict=True)
         }
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shapes[0]) == 2
 
     @property
     def is_gate(self) -> bool:
@@ -96,7 +95,7 @@ def _layer(config: GemmaConfig, i: int) -> Iterator[Entry]:
 
     def matrix(path: Place, tensors: Mapping[str, Shape]) -> Entry:
         names = tuple(f"{theirs}.{name}.weight" for name in tensors)
-        return Entry((ours, *path), names, tuple(tensors.values()), transpose=True)
+        return Entry((ours, *path), names, tuple(tensors.values()))
 
     def scale(path: Place, name: str, size: int) -> Entry:
         return Entry((ours, *path, "scale"), (f"{theirs}.{name}.weight",), ((size,),))

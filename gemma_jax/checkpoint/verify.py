@@ -13,7 +13,9 @@ import numpy as np
 
 from gemma_jax.checkpoint import store
 from gemma_jax.checkpoint.source import require_torch
+from gemma_jax.config import GemmaConfig
 from gemma_jax.errors import GemmaError
+from gemma_jax.model.weights import quantize
 from gemma_jax.text import encode
 
 MAX_KL = 1e-3  # nats, at the worst position
@@ -74,7 +76,7 @@ def verify_checkpoint(source: Path, checkpoint: Path) -> Verification:
     model = store.load(checkpoint, memory="off", dtype="float32", verify=False)
     tokens = [model.config.bos_id, *encode(model.tokenizer, PROMPT)][:PROMPT_TOKENS]
     tokens = np.array([tokens], np.int32)
-    stored = store.read_config(checkpoint).dtype
+    stored = store.read_config(checkpoint)
     ours = _our_logits(model, tokens)
     del model
     gc.collect()
@@ -117,15 +119,18 @@ def _our_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
         return np.asarray(logits(model.params, hidden[0], config=model.config))
 
 
-def _reference_logits(source: Path, tokens: np.ndarray, stored: str) -> np.ndarray:
+def _reference_logits(source: Path, tokens: np.ndarray, stored: GemmaConfig) -> np.ndarray:
     torch = require_torch("--verify compares with Hugging Face transformers")
     import transformers
 
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
-    if stored == "bfloat16":  # the same rounding as the checkpoint's
-        for parameter in reference.parameters():
+    for parameter in reference.parameters():  # the same rounding as the checkpoint's
+        if stored.quantized and parameter.ndim == 2:
+            values, scale = quantize(parameter.data.numpy())
+            parameter.data = torch.from_numpy(values * scale[:, None])
+        elif stored.dtype == "bfloat16":
             parameter.data = parameter.data.to(torch.bfloat16).to(torch.float32)
     with torch.no_grad():
         return reference(torch.from_numpy(tokens).long()).logits[0].numpy()

@@ -46,30 +46,30 @@ def decode_block(
     model = Transformer(config)
     rows = jnp.arange(logits.shape[0])
 
-    def step(carry, _, settle):
+    def step(carry, _, steady):
         logits, state, going = carry
         keys = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(key, row), at))(
             rows, state.length
         )
         token = jnp.where(going, draw(sampling, logits, keys), 0)
         count = going.astype(jnp.int32)
-        hidden, state = model.apply({"params": params}, token[:, None], state, count, settle=settle)
+        hidden, state = model.apply({"params": params}, token[:, None], state, count, steady=steady)
         new = logits_of(params, hidden[:, 0], config=config)
         logits = jnp.where(going[:, None], new, logits)
         stopped = jnp.isin(token, jnp.asarray(stop_ids, jnp.int32))
         return (logits, state, going & ~stopped), (token, count)
 
-    def steps(carry, settle):
-        return jax.lax.scan(functools.partial(step, settle=settle), carry, None, length=num_tokens)
+    def steps(carry, steady):
+        return jax.lax.scan(functools.partial(step, steady=steady), carry, None, length=num_tokens)
 
-    # Most blocks stay within a segment: a loop that never asks whether one is complete.
+    # Most blocks stay within a segment: a loop that never asks whether one begins or is complete.
     length = config.memory.segment_length
     carry = (logits, state, jnp.ones(logits.shape[0], bool))
-    settling, staying = (functools.partial(steps, settle=settle) for settle in (True, False))
+    any_step, steady = (functools.partial(steps, steady=steady) for steady in (False, True))
     if num_tokens == 1:  # nothing to save
-        carry, (tokens, counts) = settling(carry)
+        carry, (tokens, counts) = any_step(carry)
     else:
-        leaves = jnp.any(state.fill + num_tokens >= length)
-        carry, (tokens, counts) = jax.lax.cond(leaves, settling, staying, carry)
+        changes = jnp.any((state.fill + num_tokens >= length) | (state.past + state.fill == 0))
+        carry, (tokens, counts) = jax.lax.cond(changes, any_step, steady, carry)
     logits, state, _ = carry
     return tokens.T, counts.sum(axis=0), logits, state

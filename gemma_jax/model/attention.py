@@ -7,6 +7,7 @@ so they stay small whatever was read.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -202,6 +203,55 @@ def _attention_by_kernel(
         segment_length=span.segment_length,
         scale=scale,
     )
+
+
+def decoding_kernel_takes(q: Heads, keys: KVHeads, span: Span) -> bool:
+    """Whether `attention_of_one` can be used for such a step."""
+    if span.slots != 1 or span.whole_segments or q.dtype != jnp.bfloat16 or not kernels.wanted():
+        return False
+    from gemma_jax.model.kernels import decode as kernel
+
+    return kernel.takes(keys.shape[1], q.shape[2] // keys.shape[2], q.shape[3])
+
+
+def attention_of_one(
+    q: Heads,
+    keys: Float[Array, "B L K C"],
+    values: Float[Array, "B L K C"],
+    sink: tuple[KVHeads, KVHeads] | None,
+    span: Span,
+    lookup: Any = None,
+    *,
+    history: int,
+    window: int | None,
+    rope: Rope,
+    scale: float,
+    softcap: float | None,
+) -> Heads:
+    """`local_attention` of one new token a row by kernels; with `lookup`, memory is read too."""
+    from gemma_jax.model.kernels import decode as kernel
+
+    last = history + span.fill
+    first = jnp.maximum(history - span.past, 0)
+    if window is not None:
+        first = jnp.maximum(first, last - window + 1)
+    sees_sink = jnp.zeros_like(last)
+    if sink is not None:
+        sees_sink = _sink_is_seen(span, history)[:, 0].astype(jnp.int32)
+    cosine, sine = map(jnp.asarray, rope_table(rope, q.shape[-1], keys.shape[1] + 1))
+    out = kernel.attend(
+        q[:, 0],
+        keys,
+        values,
+        (keys, values) if sink is None else sink,  # without one, nothing of it is seen
+        jnp.stack([first, last, sees_sink], axis=1),
+        cosine,
+        sine,
+        lookup,
+        scale=scale,
+        softcap=softcap,
+    )
+    return out[:, None]
 
 
 def _sink_is_seen(span: Span, history: int) -> Bool[Array, "B N"]:

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.model import kernels
-
-INIT = nn.initializers.normal(0.02)
+from gemma_jax.model.weights import INIT, Weight, declare_weight, product
 
 
 def declare(
@@ -49,23 +48,23 @@ class Embedder(nn.Module):
     width: int
     tied: bool
     dtype: str
+    quantized: bool = False
 
     def setup(self):
-        shape = (self.vocab_size, self.width)
-        self.embedding = declare(self, "embedding", ("vocab", "embed"), shape, self.dtype)
-        if not self.tied:
-            self.head = declare(self, "head", ("vocab", "embed"), shape, self.dtype)
+        def matrix(name: str) -> Weight:
+            shape = (self.vocab_size, self.width)
+            return declare_weight(self, name, ("vocab", "embed"), shape, self.dtype, self.quantized)
+
+        self.embedding = matrix("embedding")
+        self.head = self.embedding if self.tied else matrix("head")
 
     def encode(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = self.embedding[tokens].astype(self.dtype)
+        x = self.embedding.rows(tokens, self.dtype)
         scale = jnp.sqrt(jnp.float32(self.width)).astype(self.dtype)  # rounded as the reference's
         return x * scale
 
     def decode(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
-        head = self.embedding if self.tied else self.head
-        return jnp.einsum(
-            "...D,VD->...V", hidden, head.astype(self.dtype), preferred_element_type=jnp.float32
-        )
+        return product(hidden, self.head, jnp.float32)
 
 
 class FeedForward(nn.Module):
@@ -73,21 +72,24 @@ class FeedForward(nn.Module):
 
     mlp_dim: int
     dtype: str
+    quantized: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        width = x.shape[-1]
-        gate_up = declare(self, "gate_up", ("embed", "mlp"), (width, 2 * self.mlp_dim), self.dtype)
-        down = declare(self, "down", ("mlp", "embed"), (self.mlp_dim, width), self.dtype)
-        return geglu(x, gate_up.astype(self.dtype)) @ down.astype(self.dtype)
+        width, dtype = x.shape[-1], self.dtype
+        shape = (2 * self.mlp_dim, width)
+        gate_up = declare_weight(self, "gate_up", ("mlp", "embed"), shape, dtype, self.quantized)
+        shape = (width, self.mlp_dim)
+        down = declare_weight(self, "down", ("embed", "mlp"), shape, dtype, self.quantized)
+        return product(geglu(x, gate_up), down)
 
 
-def geglu(x: Float[Array, "B T D"], gate_up: Float[Array, "D M2"]) -> Float[Array, "B T M"]:
-    """gelu(x Wg) * (x Wu) with the tanh approximation of GELU."""
-    (*tokens, width), mlp_dim = x.shape, gate_up.shape[-1] // 2
+def geglu(x: Float[Array, "B T D"], gate_up: Weight) -> Float[Array, "B T M"]:
+    """gelu(x Wg) * (x Wu) with the tanh approximation of GELU; `gate_up` is [Wg; Wu]."""
+    (*tokens, width), mlp_dim = x.shape, gate_up.values.shape[0] // 2
 
-    def plain(x: Array, gate_up: Array) -> Array:
-        gate, up = jnp.split(x @ gate_up, 2, axis=-1)
+    def plain(x: Array, gate_up: Weight) -> Array:
+        gate, up = jnp.split(product(x, gate_up), 2, axis=-1)
         return nn.gelu(gate, approximate=True) * up
 
     if x.dtype != jnp.bfloat16 or not kernels.wanted():
@@ -97,7 +99,8 @@ def geglu(x: Float[Array, "B T D"], gate_up: Float[Array, "D M2"]) -> Float[Arra
     if not kernel.takes(math.prod(tokens), width, mlp_dim):
         return plain(x, gate_up)
 
-    def fused(x: Array, gate_up: Array) -> Array:
-        return kernel.geglu(x.reshape(-1, width), gate_up).reshape(*tokens, mlp_dim)
+    def fused(x: Array, gate_up: Weight) -> Array:
+        out = kernel.geglu(x.reshape(-1, width), gate_up.dense(x.dtype))
+        return out.reshape(*tokens, mlp_dim)
 
     return kernels.with_gradient_of(plain, fused)(x, gate_up)

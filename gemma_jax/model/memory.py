@@ -87,6 +87,10 @@ class MemoryRule:
         """Mixes what the queries find in memory with what local attention found."""
         return attended
 
+    def lookup(self, p: Params, memory: Memory) -> Any:
+        """`read` as a `kernels.decode.Lookup`, if the kernels for decoding can do it; else None."""
+        return None
+
     def prepare(self, features: Features, mask: Bool[Array, "B S"]) -> Features:
         """What of a write does not depend on memory; `features` has `key` and `value` [B, S, K, C].
 
@@ -143,6 +147,11 @@ class Linear(MemoryRule):
 
         read = _fastest(plain, "mix_linear_read", q, self.config.num_kv_heads)
         return read(q, attended, memory["M"], memory["z"], self.gates(p)["read"])
+
+    def lookup(self, p, memory):
+        from gemma_jax.model.kernels.decode import Lookup
+
+        return Lookup(memory["M"], self.gates(p)["read"], memory["z"])
 
     def prepare(self, features, mask):
         phi = elu_plus_one(features["key"]) * mask[..., None, None]
@@ -220,6 +229,11 @@ class GatedDelta(MemoryRule):
 
         read = _fastest(plain, "add_normalized_read", q, self.config.num_kv_heads)
         return read(q, attended, memory["M"], p["gate"].astype(jnp.float32))
+
+    def lookup(self, p, memory):
+        from gemma_jax.model.kernels.decode import Lookup
+
+        return Lookup(memory["M"], p["gate"].astype(jnp.float32), eps=EPS)
 
     def prepare(self, features, mask):
         gate = jnp.where(mask[..., None], features["write"], 0.0)

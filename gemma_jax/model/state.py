@@ -123,6 +123,8 @@ class Span:
     count: Int[Array, " B"]  # new tokens
     slots: int = struct.field(pytree_node=False)
     segment_length: int = struct.field(pytree_node=False)
+    # No row starts its text or completes its segment.
+    steady: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def whole_segments(self) -> bool:
@@ -164,6 +166,8 @@ def lay(buffer: Array, new: Array, span: Span) -> Array:
         new = jnp.pad(new, [(0, 0), (history, 0)] + [(0, 0)] * (buffer.ndim - 2))
         return old + new  # a slot is zero in at least one of them
     room = jnp.pad(buffer, [(0, 0), (0, span.slots - 1)] + [(0, 0)] * (buffer.ndim - 2))
+    if len(buffer) == 1:  # a plain slice, where `vmap` makes a scatter with its bounds checked
+        return jax.lax.dynamic_update_slice_in_dim(room, new, history + span.fill[0], 1)
     insert = jax.vmap(
         lambda row, tokens, at: jax.lax.dynamic_update_slice_in_dim(row, tokens, at, 0)
     )

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.config import GLOBAL, SLIDING, GemmaConfig
+from gemma_jax.model import kernels
 from gemma_jax.model import memory as memory_lib
-from gemma_jax.model.attention import local_attention
+from gemma_jax.model.attention import attention_of_one, decoding_kernel_takes, local_attention
 from gemma_jax.model.layers import Embedder, FeedForward, RMSNorm, declare
 from gemma_jax.model.state import (
     LayerState,
@@ -27,6 +28,7 @@ from gemma_jax.model.state import (
     past_limit,
     settle,
 )
+from gemma_jax.model.weights import Weight, declare_weight, product
 
 Params = dict[str, Any]
 
@@ -67,11 +69,14 @@ class Attention(nn.Module):
         """
         config, dim = self.config, self.config.head_dim
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        shape = (config.width, (heads + 2 * kv_heads) * dim)
-        qkv = declare(self, "qkv", ("embed", "heads"), shape, config.dtype)
-        out = declare(self, "out", ("heads", "embed"), (heads * dim, config.width), config.dtype)
 
-        projected = x @ qkv.astype(config.dtype)
+        def matrix(name: str, axes: tuple[str, str], *shape: int) -> Weight:
+            return declare_weight(self, name, axes, shape, config.dtype, config.quantized)
+
+        qkv = matrix("qkv", ("heads", "embed"), (heads + 2 * kv_heads) * dim, config.width)
+        out = matrix("out", ("embed", "heads"), config.width, heads * dim)
+
+        projected = product(x, qkv)
         projected = projected.reshape(*x.shape[:2], heads + 2 * kv_heads, dim)
         q, k, v = jnp.split(projected, [heads, heads + kv_heads], axis=2)
         if config.qk_norm:
@@ -90,25 +95,39 @@ class Attention(nn.Module):
         if only is not None:
             q = jnp.take_along_axis(q, only[:, None, None, None], axis=1)
             keys, values, before, span = look_at(only, keys, values, before, span, history)
-        attended = local_attention(
-            q,
-            keys,
-            values,
-            (state.sink_key, state.sink_value) if state.sink_key is not None else None,
-            span,
-            history=history,
-            window=config.sliding_window if self.layer_type == SLIDING else None,
-            rope=config.rope(self.layer_type),
-            scale=config.query_scale,
-            softcap=config.attention_softcap,
-        )
-        if recurrent:
-            attended = self._read(rule, p, before, q, attended, span.num_segments)
+        sink = (state.sink_key, state.sink_value) if state.sink_key is not None else None
+        options = {
+            "history": history,
+            "window": config.sliding_window if self.layer_type == SLIDING else None,
+            "rope": config.rope(self.layer_type),
+            "scale": config.query_scale,
+            "softcap": config.attention_softcap,
+        }
+
+        def plain(q, keys, values, sink, span, p, before):
+            attended = local_attention(q, keys, values, sink, span, **options)
+            if not recurrent:
+                return attended
+            return self._read(rule, p, before, q, attended, span.num_segments)
+
+        def by_kernels(q, keys, values, sink, span, p, before):
+            memory = jax.tree.map(lambda leaf: leaf[0], before)
+            lookup = rule.lookup(p, memory) if recurrent else None
+            attended = attention_of_one(q, keys, values, sink, span, lookup, **options)
+            if not recurrent or lookup is not None:
+                return attended
+            return self._read(rule, p, before, q, attended, 1)
+
+        if decoding_kernel_takes(q, keys, span):
+            attend = kernels.with_gradient_of(plain, by_kernels)
+        else:
+            attend = plain
+        attended = attend(q, keys, values, sink, span, p, before)
         attended = attended.reshape(*attended.shape[:2], -1)
-        return attended @ out.astype(config.dtype), state
+        return product(attended, out), state
 
     def _remember_sink(self, state: LayerState, k: Array, v: Array, span: Span) -> LayerState:
-        if state.sink_key is None:
+        if state.sink_key is None or span.steady:
             return state
         starts = ((span.past + span.fill == 0) & (span.count > 0))[:, None, None, None]
         return state.replace(
@@ -174,7 +193,8 @@ class Block(nn.Module):
         if only is not None:
             x = jnp.take_along_axis(x, only[:, None, None], axis=1)
         x = x + (norm("post_attention_norm", y) if config.post_norms else y)
-        y = FeedForward(config.mlp_dim, config.dtype, name="mlp")(norm("pre_mlp_norm", x))
+        mlp = FeedForward(config.mlp_dim, config.dtype, config.quantized, name="mlp")
+        y = mlp(norm("pre_mlp_norm", x))
         x = x + (norm("post_mlp_norm", y) if config.post_norms else y)
         return x, state
 
@@ -196,7 +216,11 @@ class Transformer(nn.Module):
     def setup(self):
         config = self.config
         self.embedder = Embedder(
-            config.vocab_size, config.width, config.tied_embeddings, config.dtype
+            config.vocab_size,
+            config.width,
+            config.tied_embeddings,
+            config.dtype,
+            config.quantized,
         )
         block = nn.remat(Block, policy=keep_products) if self.remat_layers else Block
         self.layers = [block(config, kind) for kind in config.layer_types]
@@ -209,7 +233,7 @@ class Transformer(nn.Module):
         count: Int[Array, " B"] | None = None,
         *,
         last_only: bool = False,
-        settle: bool = True,
+        steady: bool = False,
     ) -> tuple[Float[Array, "B _ D"], State]:
         """One step over T slots; see `state.Span` for where its tokens must stand.
 
@@ -219,13 +243,14 @@ class Transformer(nn.Module):
             count: new tokens of each row; all slots by default.
             last_only: whether hidden states are wanted of each row's last new token alone, [B, 1, D];
                 then the last layer attends and feeds forward for these tokens alone.
-            settle: False promises that no row completes its segment, for steps within one segment.
+            steady: promises that no row starts its text or completes its segment, for steps within
+                one segment.
         """
         segment_length = self.config.memory.segment_length
         slots = tokens.shape[1]
         if count is None:
             count = slots - (state.fill if slots >= segment_length else 0) + 0 * state.fill
-        span = Span(state.fill, state.past, count, slots, segment_length)
+        span = Span(state.fill, state.past, count, slots, segment_length, steady)
         x = self.embedder.encode(tokens)
         last = jnp.maximum(span.first + count - 1, 0) if last_only else None
         layers = []
@@ -233,7 +258,7 @@ class Transformer(nn.Module):
             only = last if i == self.config.num_layers - 1 else None
             x, layer = block(x, layer, span, only)
             layers.append(layer)
-        return self.final_norm(x), advance(self.config, state, tuple(layers), span, settle)
+        return self.final_norm(x), advance(self.config, state, tuple(layers), span)
 
     def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """Logits in float32."""
@@ -307,9 +332,8 @@ def advance(
     state: State,
     layers: tuple[LayerState, ...],
     span: Span,
-    settle: bool = True,
 ) -> State:
-    """The State after a step whose layers left `layers`; for `settle` see `Transformer`."""
+    """The State after a step whose layers left `layers`."""
 
     def settle_all(layers: tuple[LayerState, ...]) -> tuple[LayerState, ...]:
         pairs = zip(config.layer_types, layers, strict=True)
@@ -323,7 +347,7 @@ def advance(
 
     if span.whole_segments:
         layers = settle_all(layers)
-    elif not settle:
+    elif span.steady:
         layers = truncate(layers)
     else:
         layers = jax.lax.cond(jnp.any(span.completed > 0), settle_all, truncate, layers)

@@ -52,6 +52,33 @@ def test_every_number_arrives(make_model, tmp_path, dtype, shards):
         np.testing.assert_array_equal(found[name], tensor.astype(np.float32))
 
 
+@pytest.mark.parametrize("fields", [{}, UNTIED], ids=["tied", "untied"])
+def test_int8_there_and_back(make_model, tmp_path, fields):
+    source, tensors = make_model(fields=fields)
+    done = convert(source, tmp_path / "dest", quantize="int8")
+    assert done.parameters == sum(tensor.size for tensor in tensors.values())
+    assert done.config.quantization == "int8" and done.config.dtype == "bfloat16"
+    model = gemma_jax.load(tmp_path / "dest")
+    qkv = model.params["layers_0"]["attention"]
+    assert qkv["qkv"].dtype == np.int8 and qkv["qkv_scale"].dtype == np.float32
+    assert model.params["final_norm"]["scale"].dtype == ml_dtypes.bfloat16
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) < 1.2 * done.parameters
+    to_huggingface(tmp_path / "dest", tmp_path / "back", dtype="float32")
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        step = np.abs(tensor).max(axis=-1, keepdims=True) / (127 if tensor.ndim == 2 else 128)
+        assert (np.abs(found[name] - tensor) <= 0.51 * step).all()
+    assert len(list(gemma_jax.generate(model, "the ship", max_new_tokens=4))) > 0
+
+
+def test_what_cannot_be_quantised_to_is_refused(make_model, tmp_path):
+    source, _ = make_model()
+    with pytest.raises(UsageError, match="int4"):
+        convert(source, tmp_path / "dest", quantize="int4")
+    assert left_behind(tmp_path) == []
+
+
 def test_bfloat16_is_the_default_and_rounds(make_model, tmp_path):
     source, tensors = make_model()
     convert(source, tmp_path / "dest")
@@ -379,6 +406,8 @@ def test_verification(make_model, tmp_path, monkeypatch):
     assert done.verification.tokens == 500
     rounded = convert(source, tmp_path / "rounded", verify=True)
     assert rounded.verification.max_kl < 1e-6
+    quantised = convert(source, tmp_path / "quantised", quantize="int8", verify=True)
+    assert quantised.verification.max_kl < 1e-6
 
     from gemma_jax.checkpoint.huggingface import Entry
 

@@ -1,6 +1,7 @@
 """Kernels compute what the plain lines of the model compute; here without a GPU, in interpret mode."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -11,10 +12,11 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from reference import random_params, random_tokens, tiny_config
 
-from gemma_jax import PRESETS, forward, prefill
-from gemma_jax.config import GLOBAL
+from gemma_jax import PRESETS, Greedy, decode_block, forward, prefill
+from gemma_jax.config import GLOBAL, Rope
 from gemma_jax.model import attention, kernels, memory
 from gemma_jax.model.kernels import attention as attention_kernel
+from gemma_jax.model.kernels import decode as decode_kernel
 from gemma_jax.model.kernels import delta as delta_kernel
 from gemma_jax.model.kernels import geglu as geglu_kernel
 from gemma_jax.model.kernels import read as read_kernel
@@ -100,10 +102,10 @@ def test_reads(rule, group, size):
 
 @interprets_hopper
 def test_geglu():
-    x, weights = normal(0, 256, 128), 0.1 * normal(1, 128, 512)
+    x, weights = normal(0, 256, 128), 0.1 * normal(1, 512, 128)
     assert geglu_kernel.takes(256, 128, 256)
     found = on_simulated_hopper(geglu_kernel.geglu, x, weights, programs=3)
-    gate, up = jnp.split(x.astype(jnp.float32) @ weights.astype(jnp.float32), 2, axis=-1)
+    gate, up = jnp.split(x.astype(jnp.float32) @ weights.T.astype(jnp.float32), 2, axis=-1)
     assert_near(found, nn.gelu(gate, approximate=True) * up, BF16)
 
 
@@ -129,6 +131,91 @@ def test_attention(history, monkeypatch):
     wanted = attention._attention_by_masks(*args, **options, window=None, softcap=None)
     found = on_simulated_hopper(attention._attention_by_kernel, *args, **options)
     assert_near(found, wanted, 2 * BF16)
+
+
+@pytest.mark.parametrize(
+    "rule, kind, softcap, batch",
+    [
+        ("off", "global", None, 3),
+        ("off", "global", 5.0, 3),
+        ("off", "no sink", None, 3),
+        ("off", "sliding", None, 3),
+        ("linear", "global", None, 3),
+        ("gated_delta", "global", None, 3),
+        ("gated_delta", "no sink", 5.0, 80),  # a program has several steps
+    ],
+)
+def test_one_token(rule, kind, softcap, batch):
+    """Texts at their start, in the middle of a segment, and at its end."""
+    length, history, kv_heads, group, dim = 128, 128, 2, 3, 64
+    q = normal(0, batch, 1, kv_heads * group, dim)
+    keys, values = (normal(i, batch, history + length, kv_heads, dim) for i in (1, 2))
+    sink = tuple(normal(i, batch, 1, kv_heads, dim) for i in (3, 4)) if kind == "global" else None
+    fill, past = (jnp.resize(jnp.array(x), batch) for x in ([5, 100, 127], [0, 7 * length, 130]))
+    span = Span(fill, past, jnp.ones_like(fill), 1, length)
+    options = {"history": history, "window": 40 if kind == "sliding" else None, "scale": 0.125}
+    options |= {"rope": Rope(10_000.0), "softcap": softcap}
+    config = tiny_config(
+        rule=rule, num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=dim, dtype="bfloat16"
+    )
+    made, p = make_rule(config), {"gate": normal(5, kv_heads * group, dtype=jnp.float32)}
+    state = {"M": normal(6, batch, kv_heads, dim, dim, dtype=jnp.float32)}
+    z = jnp.abs(normal(7, batch, kv_heads, dim, dtype=jnp.float32))
+    state["z"] = z.at[0].set(0.0)  # nothing was written in the first row
+    assert decode_kernel.takes(history + length, group, dim)
+
+    args = (q, keys, values, sink)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), args)
+    wanted = made.read(p, state, wide[0], attention.local_attention(*wide, span, **options))
+    lookup = made.lookup(p, state)
+    assert (lookup is None) == (rule == "off")
+    with pytest.MonkeyPatch.context() as patch:
+        kernel = functools.partial(decode_kernel.attend, interpret=True)
+        patch.setattr(decode_kernel, "attend", kernel)
+        found = attention.attention_of_one(*args, span, lookup, **options)
+    assert_near(found, wanted, 2 * BF16)
+
+
+def test_a_step_of_decoding_uses_them(monkeypatch):
+    """The same tokens with the kernels, in interpret mode, as with the plain lines."""
+    calls = []
+
+    def attend(*args, real=decode_kernel.attend, **kwargs):
+        calls.append(kwargs)
+        return real(*args, **kwargs, interpret=True)
+
+    monkeypatch.setattr(decode_kernel, "attend", attend)
+    config = tiny_config(
+        rule="gated_delta", segment_length=32, dtype="bfloat16", head_dim=64, sliding_window=33
+    )
+    params, tokens = random_params(config, scale=0.1), random_tokens(config, 2, 78)
+
+    def written():
+        jax.clear_caches()
+        logits, state = prefill(params, tokens, init_state(config, 2), config=config)
+        steps = []
+        for _ in range(5):
+            _, _, logits, state = decode_block(
+                params,
+                jax.nn.one_hot(jnp.array([3, 7]), config.vocab_size),
+                state,
+                config=config,
+                sampling=Greedy(),
+                key=jax.random.key(0),
+                num_tokens=1,
+            )
+            steps.append(np.asarray(logits))
+        return np.stack(steps)
+
+    wanted = written()
+    assert not calls
+    monkeypatch.setattr(kernels, "wanted", lambda: True)
+    for module in (attention_kernel, geglu_kernel, delta_kernel, read_kernel):
+        monkeypatch.setattr(module, "takes", lambda *args: False)
+    found = written()
+    jax.clear_caches()
+    assert calls
+    assert np.linalg.norm(found - wanted) <= 0.02 * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize(

@@ -27,15 +27,16 @@ def takes(rows: int, width: int, mlp_dim: int) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("programs",))
 def geglu(
-    x: Float[Array, "T D"], gate_up: Float[Array, "D M2"], *, programs: int | None = None
+    x: Float[Array, "T D"], gate_up: Float[Array, "M2 D"], *, programs: int | None = None
 ) -> Float[Array, "T M"]:
     """gelu(x Wg) * (x Wu), with the tanh approximation of GELU; bfloat16 with float32 sums.
 
     Args:
+        gate_up: [Wg; Wu], outputs first.
         programs: tiles computed at a time; one per multiprocessor of the device by default.
     """
     programs = programs or jax.local_devices()[0].core_count
-    (rows, width), mlp_dim = x.shape, gate_up.shape[1] // 2
+    (rows, width), mlp_dim = x.shape, gate_up.shape[0] // 2
     tiles = (rows // ROWS, mlp_dim // COLUMNS)
     steps, half = width // DEPTH, ROWS // COMPUTE
     layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -64,8 +65,8 @@ def geglu(
                 depth_at = pl.ds(lax.rem(at, jnp.int32(steps)) * DEPTH, DEPTH)
                 for ref, part, tile in (
                     (x_ref, (rows_at, depth_at), x_tiles),
-                    (w_ref, (depth_at, pl.ds(column * COLUMNS, COLUMNS)), gate_tiles),
-                    (w_ref, (depth_at, pl.ds(mlp_dim + column * COLUMNS, COLUMNS)), up_tiles),
+                    (w_ref, (pl.ds(column * COLUMNS, COLUMNS), depth_at), gate_tiles),
+                    (w_ref, (pl.ds(mlp_dim + column * COLUMNS, COLUMNS), depth_at), up_tiles),
                 ):
                     plgpu.copy_gmem_to_smem(ref.at[part], tile.at[slot], full.at[slot])
 
@@ -82,8 +83,9 @@ def geglu(
                         at = i * steps + k
                         slot = lax.rem(at, jnp.int32(STAGES))
                         plgpu.barrier_wait(full.at[slot])
-                        plgpu.wgmma(gate, x_tiles.at[slot, own], gate_tiles.at[slot])
-                        plgpu.wgmma(up, x_tiles.at[slot, own], up_tiles.at[slot])
+                        for total, halves in ((gate, gate_tiles), (up, up_tiles)):
+                            weights = plgpu.transpose_ref(halves.at[slot], (1, 0))
+                            plgpu.wgmma(total, x_tiles.at[slot, own], weights)
                         plgpu.wgmma_wait(2)  # the products of the step before are done
 
                         @pl.when(k > 0)
@@ -120,8 +122,8 @@ def geglu(
         pl.run_scoped(
             lambda *scratch: kernel(x_ref, w_ref, out_ref, *scratch),
             tiles_of(STAGES, ROWS, DEPTH),
-            tiles_of(STAGES, DEPTH, COLUMNS),
-            tiles_of(STAGES, DEPTH, COLUMNS),
+            tiles_of(STAGES, COLUMNS, DEPTH),
+            tiles_of(STAGES, COLUMNS, DEPTH),
             tiles_of(COMPUTE, half, COLUMNS),
             plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES),

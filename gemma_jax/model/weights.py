@@ -1,0 +1,100 @@
+"""Weight matrices and products with them.
+
+A matrix is kept as [out, in], as Hugging Face keeps it: the numbers that one output needs lie side by
+side, which is how a product with one token reads fastest. In int8, every output has its own scale, and
+the matrix is `values * scale[:, None]` (symmetric, to the nearest of -127 to 127).
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int, Shaped
+
+INIT = nn.initializers.normal(0.02)
+LARGEST = 127  # of int8, which has one number more below zero than above
+ROWS_QUANTIZED = 4096  # at once
+SCALE = "_scale"  # ends the name of the parameter that holds a matrix's scales
+
+
+@struct.dataclass
+class Weight:
+    """A matrix [out, in]; with `scale`, float32, one per output, its values are int8."""
+
+    values: Shaped[Array, "N K"]
+    scale: Float[Array, " N"] | None = None
+
+    def dense(self, dtype) -> Float[Array, "N K"]:
+        return dequantize(self.values, self.scale, dtype)
+
+    def rows(self, indices: Int[Array, "*b"], dtype) -> Float[Array, "*b K"]:
+        """Some of its rows."""
+        scale = None if self.scale is None else self.scale[indices]
+        return dequantize(self.values[indices], scale, dtype)
+
+
+def dequantize(values: Array, scale: Array | None, dtype) -> Array:
+    """Rows [..., K] as they are computed with; one scale [...] each, if they are int8."""
+    if scale is None:
+        return values.astype(dtype)
+    return (values.astype(jnp.float32) * scale[..., None]).astype(dtype)
+
+
+def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 values [N, K] and float32 scales [N] of a matrix [N, K]: the largest of a row becomes 127."""
+    values, scale = np.empty(matrix.shape, np.int8), np.empty(len(matrix), np.float32)
+    for start in range(0, len(matrix), ROWS_QUANTIZED):
+        some = slice(start, start + ROWS_QUANTIZED)
+        rows = matrix[some].astype(np.float32)
+        scale[some] = np.abs(rows).max(axis=1) / LARGEST
+        values[some] = np.rint(rows / np.where(scale[some] > 0.0, scale[some], 1.0)[:, None])
+    return values, scale
+
+
+def declare_weight(
+    module: nn.Module,
+    name: str,
+    axes: tuple[str, str],
+    shape: tuple[int, int],
+    dtype,
+    quantized: bool,
+) -> Weight:
+    """The parameters of a matrix: `name`, and `name_scale` if it is in int8."""
+    if not quantized:
+        return Weight(module.param(name, nn.with_logical_partitioning(INIT, axes), shape, dtype))
+
+    def integers(key, shape, dtype):
+        return jax.random.randint(key, shape, -LARGEST, LARGEST + 1, dtype)
+
+    spread = LARGEST / math.sqrt(3.0)  # of such integers
+    scale = nn.initializers.constant(0.02 / spread)
+    return Weight(
+        module.param(name, nn.with_logical_partitioning(integers, axes), shape, jnp.int8),
+        module.param(
+            name + SCALE, nn.with_logical_partitioning(scale, axes[:1]), shape[:1], jnp.float32
+        ),
+    )
+
+
+def product(x: Float[Array, "*b K"], weight: Weight, dtype=None) -> Float[Array, "*b N"]:
+    """x W^T, summed in float32, rounded to `dtype` (that of x by default)."""
+    if math.prod(x.shape[:-1]) == 1 and jax.default_backend() == "gpu":
+        return product_of_one(x, weight, dtype)
+    return jnp.einsum(
+        "...K,NK->...N", x, weight.dense(x.dtype), preferred_element_type=dtype or x.dtype
+    )
+
+
+def product_of_one(x: Float[Array, "*b K"], weight: Weight, dtype=None) -> Float[Array, "*b N"]:
+    """The same for a single row: sums along the rows of the matrix, which a GPU reads but once."""
+    found = jnp.sum(_as_float32(weight.values) * x.reshape(-1).astype(jnp.float32), axis=1)
+    if weight.scale is not None:
+        found = found * weight.scale
+    return found.astype(dtype or x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _as_float32(values: Array) -> Array:
+    return values.astype(jnp.float32)

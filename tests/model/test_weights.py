@@ -1,0 +1,80 @@
+"""Weight matrices: int8 is as near as eight bits allow, and products agree with float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import NumpyGemma, all_logits, random_params, random_tokens, tiny_config
+
+import gemma_jax
+from gemma_jax.model.weights import SCALE, Weight, product, product_of_one, quantize
+
+
+def test_int8_is_the_nearest_of_255_steps():
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(0.0, 1.0, (5000, 24)) * rng.uniform(1e-4, 1e3, (5000, 1))
+    matrix[7] = 0.0
+    values, scale = quantize(matrix)
+    assert values.dtype == np.int8 and scale.dtype == np.float32
+    assert np.abs(values.astype(int)).max(axis=1).tolist() == [127 * (i != 7) for i in range(5000)]
+    error = np.abs(values * scale[:, None].astype(np.float64) - matrix)
+    assert (error <= 0.5001 * scale[:, None]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_products(quantized, dtype):
+    rng = np.random.default_rng(0)
+    matrix, x = rng.normal(size=(30, 50)), jnp.asarray(rng.normal(size=(2, 3, 50)), dtype)
+    if quantized:
+        weight = Weight(*map(jnp.asarray, quantize(matrix)))
+        matrix = np.asarray(weight.values, np.float64) * np.asarray(weight.scale)[:, None]
+    else:
+        weight = Weight(jnp.asarray(matrix, dtype))
+        matrix = np.asarray(weight.values, np.float64)
+    wanted = np.asarray(x, np.float64) @ matrix.T
+    tolerance = 3e-6 if dtype == "float32" else 2e-2
+    found = product(x, weight)
+    assert found.dtype == x.dtype
+    np.testing.assert_allclose(found.astype(np.float64), wanted, atol=tolerance * 10)
+    one = product_of_one(x[:1, :1], weight, jnp.float32)
+    assert one.shape == (1, 1, 30) and one.dtype == jnp.float32
+    np.testing.assert_allclose(one, wanted[:1, :1], atol=1e-5)  # sums and scales are float32
+    np.testing.assert_allclose(weight.rows(jnp.array([3, 1]), "float32"), matrix[[3, 1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantised_model_is_the_model_of_its_rounded_weights(tied):
+    config = tiny_config(rule="gated_delta", tied_embeddings=tied)
+    rounded = random_params(config)
+    quantised = dataclasses.replace(config, quantization="int8")
+    params = jax.tree.map(lambda leaf: leaf, rounded)
+
+    def visit(wide, narrow):
+        for name, leaf in list(wide.items()):
+            if isinstance(leaf, dict):
+                if name != "memory":
+                    visit(leaf, narrow[name])
+            elif leaf.ndim == 2:
+                values, scale = quantize(np.asarray(leaf))
+                narrow[name], narrow[name + SCALE] = jnp.asarray(values), jnp.asarray(scale)
+                wide[name] = jnp.asarray(values * scale[:, None])
+
+    visit(rounded, params)
+    shapes = gemma_jax.abstract_params(quantised)
+    assert jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), params, shapes)
+    tokens = random_tokens(config, 1, 30)
+    wanted = NumpyGemma(rounded, config).logits(tokens[0])
+    found = all_logits(params, tokens, quantised)[0]
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_random_int8_weights_are_of_the_usual_size():
+    config = tiny_config(quantization="int8", width=64, mlp_dim=128)
+    params = gemma_jax.init_params(config, jax.random.key(0))
+    mlp = params["layers_0"]["mlp"]
+    assert mlp["down"].dtype == jnp.int8 and mlp["down" + SCALE].shape == (64,)
+    spread = float(jnp.std(mlp["down"] * mlp["down" + SCALE][:, None]))
+    assert abs(spread - 0.02) < 1e-3
