@@ -15,7 +15,7 @@ from typing import Any
 
 from gemma_jax.benchmark import device, peer, records
 from gemma_jax.benchmark.records import Figure, Record, Report
-from gemma_jax.config import PRESETS
+from gemma_jax.config import PRESETS, QUANTIZATIONS
 from gemma_jax.errors import GemmaError, InputError, UsageError
 
 # What can be measured, and the tokens it reads when none are given.
@@ -74,6 +74,11 @@ def check(options: argparse.Namespace) -> None:
     for what in set(options.what) & set(NEEDS_MODEL):
         if not options.model:
             raise UsageError(f"{what} needs a checkpoint: name one with --model DIR.")
+    if options.quantize and (options.model or "train-step" in options.what):
+        raise UsageError(
+            "--quantize is for reading and writing with --preset: a checkpoint is what it was"
+            " converted to."
+        )
     if not (options.model or options.preset):
         raise UsageError("There is nothing to measure: give --preset NAME or --model DIR.")
     make_rule(read_config(options))
@@ -221,6 +226,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk-tokens", metavar="N", type=count, nargs="+", help="of a step")
     parser.add_argument("--new-tokens", metavar="N", type=whole(1), default=64, help="of a block")
     parser.add_argument("--text", metavar="FILE", nargs="+", help="what `read` reads")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="the random weights")
     parser.add_argument("--memory", metavar="RULE")
     parser.add_argument("--segment-length", metavar="S", type=whole(1))
     parser.add_argument("--local-attention", choices=("transformer_xl", "segment"))

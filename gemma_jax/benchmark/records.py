@@ -17,7 +17,8 @@ from gemma_jax.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax")
 PLAIN_MODEL = "gemma-2b"  # its figures have no model in their names
-PLAIN_DEPTH = 10_000_000  # tokens in all; decoding after so many has no length in its name
+# Decoding after so many tokens a row has no length in its name: one row in bfloat16, and others.
+PLAIN_DEPTH, OTHER_DEPTH = 10_000_000, 4096
 # By form of local attention: the rule and S that have no place in a name.
 PLAIN_MEMORY = {"transformer_xl": ("gated_delta", 1024), "segment": ("linear", 2048)}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from gemma_jax.benchmark.device import peak_bytes, seconds
 from gemma_jax.benchmark.hlo import weight_moves
-from gemma_jax.benchmark.records import PLAIN_DEPTH, Figure, figure_name, label
+from gemma_jax.benchmark.records import OTHER_DEPTH, PLAIN_DEPTH, Figure, figure_name, label
 from gemma_jax.cache import keep_compiled_programs
 from gemma_jax.config import PRESETS, GemmaConfig
 
@@ -77,8 +77,9 @@ class Run:
             self.reading = jax.block_until_ready(tuple(reading))
 
         rates = [batch * new_tokens / s for s in seconds(block, max(self.options.repeats, BLOCKS))]
-        everything = self.options.tokens == PLAIN_DEPTH // batch
-        name = self._name("decode", None if everything else self.options.tokens)
+        depth = PLAIN_DEPTH if batch == 1 and not is_int8(self.params) else OTHER_DEPTH
+        tokens = self.options.tokens
+        name = self._name("decode", None if tokens == depth else tokens)
         yield f"{name}_compile_seconds", "s", [compiled]
         yield f"{name}_tokens_per_second", "tokens/s", rates
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
@@ -152,7 +153,10 @@ def read_config(options: argparse.Namespace) -> GemmaConfig:
     """
     from gemma_jax.checkpoint import store
 
-    config = store.read_config(options.model) if options.model else PRESETS[options.preset]
+    if options.model:
+        config = store.read_config(options.model)
+    else:
+        config = dataclasses.replace(PRESETS[options.preset], quantization=options.quantize)
     changes = {
         "rule": options.memory,
         "segment_length": options.segment_length,
