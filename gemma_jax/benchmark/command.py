@@ -15,7 +15,7 @@ from typing import Any
 
 from gemma_jax.benchmark import device, peer, records
 from gemma_jax.benchmark.records import Figure, Record, Report
-from gemma_jax.config import PRESETS
+from gemma_jax.config import PRESETS, QUANTIZATIONS
 from gemma_jax.errors import GemmaError, InputError, UsageError
 
 # What can be measured, and the tokens it reads when none are given.
@@ -76,6 +76,8 @@ def check(options: argparse.Namespace) -> None:
             raise UsageError(f"{what} needs a checkpoint: name one with --model DIR.")
     if not (options.model or options.preset):
         raise UsageError("There is nothing to measure: give --preset NAME or --model DIR.")
+    if options.quantize and (options.model or "train-step" in options.what):
+        raise UsageError("--quantize is for reading and writing with --preset: leave it out.")
     make_rule(read_config(options))
     if "read" in options.what:
         from gemma_jax.inference.documents import Documents
@@ -222,6 +224,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", metavar="N", type=whole(1), default=64, help="of a block")
     parser.add_argument("--text", metavar="FILE", nargs="+", help="what `read` reads")
     parser.add_argument("--memory", metavar="RULE")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="of --preset's random weights")
     parser.add_argument("--segment-length", metavar="S", type=whole(1))
     parser.add_argument("--local-attention", choices=("transformer_xl", "segment"))
     parser.add_argument("--repeats", metavar="N", type=whole(1), default=3)
