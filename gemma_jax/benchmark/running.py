@@ -162,6 +162,8 @@ def read_config(options: argparse.Namespace) -> GemmaConfig:
         "segment_length": options.segment_length,
         "local_attention": options.local_attention,
     }
+    if options.quantize:
+        config = dataclasses.replace(config, quantization=options.quantize)
     return config.with_memory(**{k: v for k, v in changes.items() if v is not None})
 
 

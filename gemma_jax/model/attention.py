@@ -36,11 +36,21 @@ def rope_table(rope: Rope, head_dim: int, num_positions: int) -> tuple[np.ndarra
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
+@functools.cache
+def rope_rows(
+    rope: Rope, head_dim: int, num_positions: int, start: int, stop: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of `rope_table`, cut here: the compiler would cut a large constant anew in every layer."""
+    return tuple(table[start:stop] for table in rope_table(rope, head_dim, num_positions))
+
+
 def rotate(
-    x: Float[Array, "B T J C"], cosine: Float[Array, "*b T C/2"], sine: Float[Array, "*b T C/2"]
+    x: Float[Array, "B T J C"],
+    cosine: Float[Array | np.ndarray, "*b T C/2"],
+    sine: Float[Array | np.ndarray, "*b T C/2"],
 ) -> Float[Array, "B T J C"]:
     """Rotates the pairs (x_i, x_{i + C/2}) of every head; computed in float32."""
-    cosine, sine = cosine[..., None, :], sine[..., None, :]
+    cosine, sine = (jnp.asarray(table)[..., None, :] for table in (cosine, sine))
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1).astype(x.dtype)
 
@@ -100,16 +110,20 @@ def local_attention(
         history: P.
         window: W of a sliding layer, None elsewhere.
     """
-    cosine, sine = map(jnp.asarray, rope_table(rope, q.shape[-1], keys.shape[1] + 1))
-    keys = rotate(keys, cosine[1:], sine[1:])
-    positions = jnp.arange(span.slots) + history + 1
-    if not span.whole_segments:
+    end = keys.shape[1] + 1
+    rows = functools.partial(rope_rows, rope, q.shape[-1], end)
+    keys = rotate(keys, *rows(1, end))
+    if span.whole_segments:
+        q = rotate(q, *rows(history + 1, history + 1 + span.slots))
+    else:
+        positions = jnp.arange(span.slots) + history + 1
         positions = jnp.minimum(positions + span.fill[:, None], keys.shape[1])
-    q = rotate(q, cosine[positions], sine[positions])
+        q = rotate(q, *(jnp.asarray(table)[positions] for table in rows(0, end)))
     if sink is not None:
         # The sink stands just before the window, for each of the windows.
         at = np.arange(span.num_segments) * span.segment_length
-        sink = rotate(sink[0].repeat(len(at), 1), cosine[at], sine[at]), sink[1]
+        tables = (table[at] for table in rows(0, end))
+        sink = rotate(sink[0].repeat(len(at), 1), *tables), sink[1]
 
     attention = functools.partial(
         _attention_by_masks, history=history, window=window, scale=scale, softcap=softcap
@@ -138,7 +152,7 @@ def _attention_by_masks(
     if span.whole_segments:
         length = history + span.segment_length
         q = q.reshape(-1, span.segment_length, *q.shape[2:])
-        windows = [_windows(x, starts, length) for x in (keys, values)]
+        windows = [_windows(x, span, history) for x in (keys, values)]
     else:
         length = keys.shape[1]
         windows = [keys, values]
@@ -259,9 +273,20 @@ def _sink_is_seen(span: Span, history: int) -> Bool[Array, "B N"]:
     return span.past[:, None] + jnp.arange(span.num_segments) * span.segment_length > history
 
 
-def _windows(stream: Float[Array, "B L K C"], starts: list[int], length: int) -> Array:
-    """Overlapping windows of a stream, one per segment, folded into the batch: [B*N, length, K, C]."""
-    windows = jnp.stack([stream[:, at : at + length] for at in starts], axis=1)
+def _windows(stream: Float[Array, "B L K C"], span: Span, history: int) -> Array:
+    """Overlapping windows of a stream, one per segment, folded into the batch: [B*N, P + S, K, C].
+
+    A few slices of the whole stream, as one for each segment takes long to compile.
+    """
+    length = span.segment_length
+
+    def segments(start: int) -> Array:
+        """The segments of the stream's slots from `start` on: [B, N, S, K, C]."""
+        slots = stream[:, start : start + span.slots]
+        return slots.reshape(-1, span.num_segments, length, *stream.shape[2:])
+
+    before = [segments(at)[:, :, : history - at] for at in range(0, history, length)]
+    windows = jnp.concatenate([*before, segments(history)], axis=2)
     return windows.reshape(-1, *windows.shape[2:])
 
 

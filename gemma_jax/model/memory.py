@@ -32,6 +32,7 @@ Params = dict[str, Array]
 
 BLOCK = 64  # tokens of one block of the chunked delta rule
 EPS = 1e-6
+UNROLL = 8  # segments
 
 # The GPU's default for float32 products is TF32, which has ten bits of fraction.
 einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
@@ -416,8 +417,9 @@ def write_segments(
 
     with jax.default_matmul_precision("highest"):
         prepared = jax.vmap(rule.prepare)(segments, mask)
-        # A GPU's host starts each round of a loop anew: a chain of so small steps is written out.
-        unroll = mask.shape[0] if jax.default_backend() == "gpu" else 1
+        # A GPU's host starts each round of a loop anew, so some of these small steps are written out;
+        # all of a long sequence, in all layers, would take minutes to compile.
+        unroll = min(len(mask), UNROLL) if jax.default_backend() == "gpu" else 1
         return jax.lax.scan(step, memory, (prepared, mask), unroll=unroll)
 
 

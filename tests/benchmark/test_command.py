@@ -50,6 +50,19 @@ def test_reading_then_writing_in_one_run(checkpoint, tmp_path, capsys):
     assert f"| {speed.name} | {speed.value:,.5g} | tokens/s |" in shown and "| --- |" in shown
 
 
+def test_int8_weights_are_named(monkeypatch, tmp_path):
+    changes = {"vocab_size": 50, "width": 16, "mlp_dim": 24, "num_heads": 2, "head_dim": 8}
+    tiny = dataclasses.replace(PRESETS["gemma-2b"], layer_types=("global",), **changes)
+    monkeypatch.setitem(PRESETS, "gemma-2b", tiny)
+    arguments = ["decode", "--preset", "gemma-2b", "--quantize", "int8", "--tokens", "64"]
+    arguments += ["--memory", "gated_delta", "--new-tokens", "2"]
+    found = measured(arguments, tmp_path / "records.json")
+    speed, read = (found[f"decode_64_int8_{x}"] for x in ("tokens_per_second", "weights_read"))
+    bytes_read = read.value * 1e9 / speed.value
+    matrices = 50 * 16 + 16 * 32 + 16 * 16 + 3 * 16 * 24
+    assert matrices < bytes_read < 2 * matrices  # a byte each; scales, norms and memory beside
+
+
 def test_rows_of_a_batch_all_count(checkpoint):
     arguments = ["prefill", "--model", checkpoint, "--tokens", "512", "--batch-size", "3"]
     (task,) = command.plan(command.parse([*arguments, "--repeats", "2"]))
@@ -188,6 +201,7 @@ def test_the_peer_has_the_same_shape(preset):
         (["prefill"], 2, "--preset NAME or --model DIR"),
         (["prefill", "--model", "nowhere"], 3, "is not a directory"),
         (["load", "--preset", "gemma-2b"], 2, "--model DIR"),
+        (["train-step", "--preset", "gemma-2b", "--quantize", "int8"], 2, "--quantize"),
         (["train-step", "--preset", "gemma-2b", "--peer", "hf"], 2, "prefill and decode alone"),
         (["prefill", "--preset", "gemma-2b", "--output", "no/where.json"], 3, "--output"),
     ],
