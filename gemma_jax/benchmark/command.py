@@ -81,8 +81,6 @@ def check(options: argparse.Namespace) -> None:
         )
     if not (options.model or options.preset):
         raise UsageError("There is nothing to measure: give --preset NAME or --model DIR.")
-    if options.quantize and (options.model or "train-step" in options.what):
-        raise UsageError("--quantize is for reading and writing with --preset: leave it out.")
     make_rule(read_config(options))
     if "read" in options.what:
         from gemma_jax.inference.documents import Documents
@@ -228,7 +226,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk-tokens", metavar="N", type=count, nargs="+", help="of a step")
     parser.add_argument("--new-tokens", metavar="N", type=whole(1), default=64, help="of a block")
     parser.add_argument("--text", metavar="FILE", nargs="+", help="what `read` reads")
-    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="the random weights")
     parser.add_argument("--memory", metavar="RULE")
     parser.add_argument("--quantize", choices=QUANTIZATIONS, help="of --preset's random weights")
     parser.add_argument("--segment-length", metavar="S", type=whole(1))

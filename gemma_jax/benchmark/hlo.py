@@ -42,7 +42,7 @@ def weight_moves(text: str, params: Any, state: Any = None) -> list[str]:
     """
     import jax
 
-    sizes = {leaf.size for leaf in jax.tree.leaves(params) if len(leaf.shape) > 1}
+    sizes = {leaf.size for leaf in jax.tree.leaves(params) if len(_dimensions(leaf.shape)) > 1}
     others = {_dimensions(leaf.shape) for leaf in jax.tree.leaves(state)}
     computations = _parse(text)
     bodies = [

@@ -153,10 +153,7 @@ def read_config(options: argparse.Namespace) -> GemmaConfig:
     """
     from gemma_jax.checkpoint import store
 
-    if options.model:
-        config = store.read_config(options.model)
-    else:
-        config = dataclasses.replace(PRESETS[options.preset], quantization=options.quantize)
+    config = store.read_config(options.model) if options.model else PRESETS[options.preset]
     changes = {
         "rule": options.memory,
         "segment_length": options.segment_length,

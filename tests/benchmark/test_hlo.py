@@ -55,6 +55,10 @@ ENTRY %main (w: f32[3,5]) -> f32[3,5] {
 """
 
 
+def test_a_vector_is_no_matrix():
+    assert weight_moves(MODULE, {"w": jnp.zeros((15, 1)), "b": jnp.zeros(15)}) == []
+
+
 def test_what_a_loop_moves_is_found_once_wherever_it_stands():
     found = weight_moves(MODULE, {"w": jnp.zeros((3, 5)), "b": jnp.zeros(12)})
     names = [line.partition(" =")[0].removeprefix("ROOT ") for line in found]
