@@ -252,6 +252,15 @@ class GatedDelta(MemoryRule):
         return {"read": p["gate"]}
 
 
+def lookup_of(rule: MemoryRule, p: Params, memory: Memory) -> Any:
+    """The rule's `lookup`; None if it is not of the class that `read` is of, so says something else."""
+
+    def owner(method: str) -> type:
+        return next(kind for kind in type(rule).__mro__ if method in vars(kind))
+
+    return rule.lookup(p, memory) if owner("read") is owner("lookup") else None
+
+
 def l2_normalize(x: Array) -> Array:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + EPS)
 

@@ -112,7 +112,7 @@ class Attention(nn.Module):
 
         def by_kernels(q, keys, values, sink, span, p, before):
             memory = jax.tree.map(lambda leaf: leaf[0], before)
-            lookup = rule.lookup(p, memory) if recurrent else None
+            lookup = memory_lib.lookup_of(rule, p, memory) if recurrent else None
             attended = attention_of_one(q, keys, values, sink, span, lookup, **options)
             if not recurrent or lookup is not None:
                 return attended

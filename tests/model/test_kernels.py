@@ -176,6 +176,22 @@ def test_one_token(rule, kind, softcap, batch):
     assert_near(found, wanted, 2 * BF16)
 
 
+def test_a_rule_that_reads_in_its_own_way_is_not_read_by_the_kernel():
+    class Louder(memory.GatedDelta):
+        def read(self, p, memory, q, attended):
+            return 2 * super().read(p, memory, q, attended)
+
+    class Forgetful(memory.GatedDelta):
+        def write(self, memory, features, mask):
+            return memory
+
+    config = tiny_config(rule="gated_delta")
+    p, state = {"gate": jnp.ones(4)}, memory.GatedDelta(config).init(1)
+    assert memory.lookup_of(Louder(config), p, state) is None
+    assert memory.lookup_of(Forgetful(config), p, state).matrix is state["M"]
+    assert memory.lookup_of(memory.Delta(config), p, memory.Delta(config).init(1)) is not None
+
+
 def test_a_step_of_decoding_uses_them(monkeypatch):
     """The same tokens with the kernels, in interpret mode, as with the plain lines."""
     calls = []
