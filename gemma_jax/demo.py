@@ -16,7 +16,7 @@ from gemma_jax.cache import cache_directory
 from gemma_jax.errors import InputError
 
 NAME = "random-tiny-gemma"
-VERSION = 1  # raise it when what is written changes, so that old copies in the cache are left alone
+VERSION = 2  # raise it when what is written changes, so that old copies in the cache are left alone
 
 CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 _WORDS = (
