@@ -14,7 +14,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gemma_jax import PRESETS, demo
+from gemma_jax.benchmark.peer import huggingface_fields
 from gemma_jax.checkpoint.huggingface import table
+
+POSITIONS = 8192  # that config.json names; they change no weight
 
 
 def main() -> None:
@@ -26,17 +29,7 @@ def main() -> None:
     config = PRESETS[options.preset]
     demo.write_hugging_face(options.dest)  # for its tokenizer
     (options.dest / "model.safetensors").unlink()
-    fields = {
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.mlp_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_activation": "gelu_pytorch_tanh",
-    }
+    fields = huggingface_fields(config, POSITIONS)
     (options.dest / "config.json").write_text(json.dumps(fields))
 
     tensors = [pair for e in table(config) for pair in zip(e.names, e.shapes, strict=True)]

@@ -90,11 +90,7 @@ def product(x: Float[Array, "*b K"], weight: Weight, dtype=None) -> Float[Array,
 
 def product_of_one(x: Float[Array, "*b K"], weight: Weight, dtype=None) -> Float[Array, "*b N"]:
     """The same for a single row: sums along the rows of the matrix, which a GPU reads but once."""
-    found = jnp.sum(_as_float32(weight.values) * x.reshape(-1).astype(jnp.float32), axis=1)
+    found = jnp.sum(weight.values.astype(jnp.float32) * x.reshape(-1).astype(jnp.float32), axis=1)
     if weight.scale is not None:
         found = found * weight.scale
     return found.astype(dtype or x.dtype).reshape(*x.shape[:-1], -1)
-
-
-def _as_float32(values: Array) -> Array:
-    return values.astype(jnp.float32)
