@@ -1,0 +1,145 @@
+"""What every task is made of: facts hidden in a haystack, and questions about them.
+
+A task plans an `Episode` from a seed: facts with their depths, and questions about them. `Composition`
+hides the facts in a stream of filler and gives the ids a model reads, piece by piece; the haystack is
+never held whole. One episode may have many questions: it is read once, and each question starts from
+the State that is left.
+
+Pieces of text begin with the white space that separates them from what stands before, because
+tokenizers like Gemma's join a space to the word after it.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from gemma_jax.errors import InputError, UsageError
+
+EncodeBatch = Callable[[Sequence[str]], list[list[int]]]
+
+BATCH_PIECES = 1024  # pieces of filler tokenised at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A sentence or so of filler."""
+
+    text: str  # begins with its separator
+    fresh: bool = True  # not shown before in this episode
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """Something to be remembered: one sentence, or a few that belong together."""
+
+    text: str  # begins with its separator
+    depth: float  # share of the filler that stands before it, 0 to 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """Asked after the haystack; the model's continuation is the answer."""
+
+    text: str  # begins with its separator, ends where the answer begins, without a space
+    answers: tuple[str, ...]  # the references, all of them wanted
+    facts: tuple[int, ...]  # which of the episode's facts it takes to answer
+    depth: float  # where a grid shows it: the depth that was asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """A text to be read once, and what is asked about it."""
+
+    task: str
+    seed: int
+    opening: str  # stands before everything; may be empty
+    facts: tuple[Fact, ...]  # in the order in which they stand in the text
+    questions: tuple[Question, ...]
+
+
+class Task:
+    """A family of episodes.
+
+    Attributes:
+        name: as the command line knows it.
+        chance: accuracy of a reader that saw the question and knows the rules, but not the facts.
+    """
+
+    name: str
+    chance: float = 0.0
+
+    def episode(self, seed: int, depths: Sequence[float], questions_per_depth: int = 1) -> Episode:
+        """Plans a text with `questions_per_depth` questions about facts at each of `depths`.
+
+        Equal arguments give equal episodes on every machine.
+
+        Raises:
+            UsageError: the task cannot ask so many different questions about one text.
+        """
+        raise NotImplementedError
+
+    def filler(self, episode: Episode, books: Iterable[str]) -> Iterator[Piece]:
+        """What stands around the facts, without end; `books` are paths of texts to take it from."""
+        raise NotImplementedError
+
+    def score(self, question: Question, answer: str) -> float:
+        """0 to 1: the share of the references that the answer's first candidates give."""
+        raise NotImplementedError
+
+
+class Composition:
+    """The ids of an episode's text, without BOS and questions; can be iterated once.
+
+    A fact stands before the first piece of filler that has the fact's depth or more behind it. The text
+    has at most `tokens` tokens, and misses fewer than its next piece of filler would have had.
+
+    Attributes:
+        tokens: given so far.
+        repeated_tokens: those of filler that had been shown before.
+        ends: where each fact ends, in tokens from the start of the text.
+    """
+
+    def __init__(
+        self, episode: Episode, filler: Iterator[Piece], tokens: int, encode_batch: EncodeBatch
+    ):
+        """Raises `UsageError` when the facts alone are longer than `tokens`."""
+        self._opening, *self._facts = encode_batch(
+            [episode.opening, *(fact.text for fact in episode.facts)]
+        )
+        self._episode, self._filler, self._encode = episode, filler, encode_batch
+        self._room = tokens - len(self._opening) - sum(map(len, self._facts))
+        if self._room < 0:
+            raise UsageError(
+                f"{tokens} tokens are too few for {episode.task} with its {len(self._facts)} facts,"
+                f" which take {tokens - self._room}: choose a greater length."
+            )
+        self.tokens = self.repeated_tokens = 0
+        self.ends: list[int] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.tokens = len(self._opening)
+        yield self._opening
+        filled = 0
+        for piece, ids in self._encoded():
+            if filled + len(ids) > self._room:
+                break
+            yield from self._facts_before(filled / self._room)
+            filled += len(ids)
+            self.tokens += len(ids)
+            self.repeated_tokens += 0 if piece.fresh else len(ids)
+            yield ids
+        else:
+            raise InputError("The haystack's filler ended: it must be without end.")
+        yield from self._facts_before(1.0)
+
+    def _facts_before(self, depth: float) -> Iterator[list[int]]:
+        facts = self._episode.facts
+        while len(self.ends) < len(facts) and facts[len(self.ends)].depth <= depth:
+            ids = self._facts[len(self.ends)]
+            self.tokens += len(ids)
+            self.ends.append(self.tokens)
+            yield ids
+
+    def _encoded(self) -> Iterator[tuple[Piece, list[int]]]:
+        while pieces := list(itertools.islice(self._filler, BATCH_PIECES)):
+            yield from zip(pieces, self._encode([p.text for p in pieces]), strict=True)
