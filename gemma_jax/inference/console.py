@@ -48,6 +48,15 @@ def number(kind: Callable[[str], Any]) -> Callable[..., Callable[[str], Any]]:
     return within
 
 
+def count(text: str) -> int:
+    """`10M` is ten million, `8K` is 8,192."""
+    scale = {"K": 1024, "M": 1_000_000}.get(text[-1:].upper(), 1)
+    number = int(float(text[: -1 if scale > 1 else None]) * scale)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be at least 1")
+    return number
+
+
 class Console:
     """Lines, warnings and a progress bar on standard error; with `quiet` only warnings."""
 
