@@ -13,49 +13,55 @@ from gemma_jax.errors import UsageError
 KEYS = ("train", "held_out", "all")
 
 ADJECTIVES = """
-amber ample ancient arctic ashen autumn azure balmy barren blazing blond bold brass brave breezy brief bright
-brisk brittle broad bronze bubbly burly busy calm candid careful casual cautious charming cheerful chilly civic
-classic clever cloudy clumsy coarse cobalt colossal comic copper coral cosmic cosy crafty crimson crisp crooked
-crystal curious curly dainty damp daring dazzling decent deep dense distant dizzy dotted drowsy dry dusky dusty
-eager early earnest eastern elastic elegant emerald empty enormous faded faint famous fancy fast fearless feathery
-fierce fiery flat fluffy foamy foggy folded formal fragile fragrant frank fresh frosty frozen fuzzy gaunt gentle
-giant gilded glad gleaming glossy golden graceful grand grassy grateful gritty hardy hasty hazy heavy hidden hollow
-honest humble humid hungry idle inner ivory jade jagged jolly joyful keen kind lavish lazy leafy lean level lively
-lofty lonely loud loyal lucky lunar marble mellow merry mighty mild misty modest mossy muddy muffled
-narrow neat nimble noble noisy northern oaken odd olive opal orange orderly outer pale patient pearly pebbled perky
-placid plain playful pleasant plucky plump polar polished polite proud purple quaint quick quiet radiant rainy rapid
-rare ready regal restless rigid ripe rocky rosy rough round royal rugged rural rusty sandy sapphire scarlet
-serene shady shallow sharp shiny shy silent silky silver simple sleepy slender slim slow smoky smooth snowy sober
-soft solar solemn solid southern sparkling speckled spicy spiral spotted stately steady steep stormy striped sturdy
-subtle sudden sunny supple swift tall tame tangled tender thirsty thorny tidy timid tiny tranquil twisted upright
-urban valiant vast velvet vibrant violet vivid wandering warm wary weary western whispering wild windy wintry wise
-witty wooden woolly worthy young zesty
+amber ample ancient arctic ashen autumn azure balmy barren blazing blond bold brass brave breezy
+brief bright brisk brittle broad bronze bubbly burly busy calm candid careful casual cautious
+charming cheerful chilly civic classic clever cloudy clumsy coarse cobalt colossal comic copper
+coral cosmic cosy crafty crimson crisp crooked crystal curious curly dainty damp daring dazzling
+decent deep dense distant dizzy dotted drowsy dry dusky dusty eager early earnest eastern elastic
+elegant emerald empty enormous faded faint famous fancy fast fearless feathery fierce fiery flat
+fluffy foamy foggy folded formal fragile fragrant frank fresh frosty frozen fuzzy gaunt gentle giant
+gilded glad gleaming glossy golden graceful grand grassy grateful gritty hardy hasty hazy heavy
+hidden hollow honest humble humid hungry idle inner ivory jade jagged jolly joyful keen kind lavish
+lazy leafy lean level lively lofty lonely loud loyal lucky lunar marble mellow merry mighty mild
+misty modest mossy muddy muffled narrow neat nimble noble noisy northern oaken odd olive opal orange
+orderly outer pale patient pearly pebbled perky placid plain playful pleasant plucky plump polar
+polished polite proud purple quaint quick quiet radiant rainy rapid rare ready regal restless rigid
+ripe rocky rosy rough round royal rugged rural rusty sandy sapphire scarlet serene shady shallow
+sharp shiny shy silent silky silver simple sleepy slender slim slow smoky smooth snowy sober soft
+solar solemn solid southern sparkling speckled spicy spiral spotted stately steady steep stormy
+striped sturdy subtle sudden sunny supple swift tall tame tangled tender thirsty thorny tidy timid
+tiny tranquil twisted upright urban valiant vast velvet vibrant violet vivid wandering warm wary
+weary western whispering wild windy wintry wise witty wooden woolly worthy young zesty
 """.split()
 
 NOUNS = """
-acorn airship almond alley anchor anvil apron arbor arrow atlas attic axle badger bakery balcony balloon bamboo
-banjo banner barge barley barrel basin basket bay beacon beaver beetle bell bench berry bicycle birch biscuit bison
-blanket blossom boat bonnet bottle boulder bowl bramble bridge brook broom bucket buckle buffalo bugle burrow
-butterfly button cabin cactus camel canal candle canoe canvas canyon captain caravan carpet carriage cart cartoon
-castle cavern cedar cello chain chalk chapel chariot cherry chestnut chimney cipher circus citadel clarinet cliff
-clock cloud clover coast cobbler comet compass copse corridor cottage courtyard cousin cradle crane crater creek
-cricket crow crown cupboard curtain cypress daisy dancer deer delta desert diamond dolphin donkey dragon drawer
-drum dune eagle easel eclipse elbow elm ember engine envelope estuary falcon farmer feather fern ferry fiddle field
-finch flag flame flask flute forest forge fortress fossil fountain fox furnace galaxy galleon gallery garnet gate
-gazelle geyser ginger giraffe glacier glider glove goblet goose gorge granite grove guitar gull hammer hammock harbor
-hare harp harvest hawk hazel hearth hedge helmet heron hill hinge hive horizon hornet hut iceberg inkwell inlet iris
-island jacket jaguar jasmine jewel jigsaw journal jungle juniper kayak kennel kestrel kettle kite ladder lagoon lake
-lantern lark lattice laurel ledger lemon library lighthouse lilac lily lion lizard locket loom lotus lynx mallet
-mango mantle maple marsh mast melody meteor mill mirror mitten monsoon moor moose morning mosaic moth motor mountain
-mural museum nebula needle nest nettle notebook nutmeg oak oar oasis ocean opera orbit orchard orchid osprey otter
-owl oyster paddle palace palm panda panther paper parade parrot pasture path peach peacock pebble pelican pencil
-penguin pepper piano pier pigeon pillow pine pirate planet plateau plaza plum pocket poem pond pony poplar poppy
-portrait potter prairie prism puzzle quarry quartz quill quilt rabbit raft rainbow raven reef ribbon ridge river
-robin rocket rooster rope rose rudder saddle sailor salmon sapling satchel saxophone scarf schooner sculptor seagull
-shadow shell shepherd ship shovel signal skylark sleigh slipper sparrow spider spruce squirrel stable staircase
-statue stream summit sunset swallow swan tavern teapot temple thicket thimble thistle thunder tiger timber tower
-trail trumpet tulip tunnel turbine turtle valley vase vessel village vineyard violin volcano wagon walnut walrus
-water weaver well whale wharf wheel willow window wolf wren yacht zebra
+acorn airship almond alley anchor anvil apron arbor arrow atlas attic axle badger bakery balcony
+balloon bamboo banjo banner barge barley barrel basin basket bay beacon beaver beetle bell bench
+berry bicycle birch biscuit bison blanket blossom boat bonnet bottle boulder bowl bramble bridge
+brook broom bucket buckle buffalo bugle burrow butterfly button cabin cactus camel canal candle
+canoe canvas canyon captain caravan carpet carriage cart cartoon castle cavern cedar cello chain
+chalk chapel chariot cherry chestnut chimney cipher circus citadel clarinet cliff clock cloud clover
+coast cobbler comet compass copse corridor cottage courtyard cousin cradle crane crater creek
+cricket crow crown cupboard curtain cypress daisy dancer deer delta desert diamond dolphin donkey
+dragon drawer drum dune eagle easel eclipse elbow elm ember engine envelope estuary falcon farmer
+feather fern ferry fiddle field finch flag flame flask flute forest forge fortress fossil fountain
+fox furnace galaxy galleon gallery garnet gate gazelle geyser ginger giraffe glacier glider glove
+goblet goose gorge granite grove guitar gull hammer hammock harbor hare harp harvest hawk hazel
+hearth hedge helmet heron hill hinge hive horizon hornet hut iceberg inkwell inlet iris island
+jacket jaguar jasmine jewel jigsaw journal jungle juniper kayak kennel kestrel kettle kite ladder
+lagoon lake lantern lark lattice laurel ledger lemon library lighthouse lilac lily lion lizard
+locket loom lotus lynx mallet mango mantle maple marsh mast melody meteor mill mirror mitten monsoon
+moor moose morning mosaic moth motor mountain mural museum nebula needle nest nettle notebook nutmeg
+oak oar oasis ocean opera orbit orchard orchid osprey otter owl oyster paddle palace palm panda
+panther paper parade parrot pasture path peach peacock pebble pelican pencil penguin pepper piano
+pier pigeon pillow pine pirate planet plateau plaza plum pocket poem pond pony poplar poppy portrait
+potter prairie prism puzzle quarry quartz quill quilt rabbit raft rainbow raven reef ribbon ridge
+river robin rocket rooster rope rose rudder saddle sailor salmon sapling satchel saxophone scarf
+schooner sculptor seagull shadow shell shepherd ship shovel signal skylark sleigh slipper sparrow
+spider spruce squirrel stable staircase statue stream summit sunset swallow swan tavern teapot
+temple thicket thimble thistle thunder tiger timber tower trail trumpet tulip tunnel turbine turtle
+valley vase vessel village vineyard violin volcano wagon walnut walrus water weaver well whale wharf
+wheel willow window wolf wren yacht zebra
 """.split()
 
 _CONSONANTS, _VOWELS = "bdflmnprstvz", "aeiou"
