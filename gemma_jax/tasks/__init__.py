@@ -12,6 +12,10 @@ _HOMES = {
     **{f"niah_multikey_{number}": "needles" for number in (1, 2, 3)},
     "niah_multivalue": "needles",
     "niah_multiquery": "needles",
+    "variable_tracking": "variables",
+    "common_words": "frequencies",
+    "frequent_words": "frequencies",
+    "mqar": "recall",
 }
 
 

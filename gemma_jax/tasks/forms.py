@@ -188,3 +188,88 @@ NEEDLES = {
         ),
     ),
 }
+
+# `facts` give a variable its value, `facts_of_several` another variable's.
+VARIABLES = {
+    "classic": Forms(
+        facts=(" VAR {name} = {source}.",),
+        facts_of_several=(" VAR {name} = VAR {source}.",),
+        questions=(
+            "\n\nWhich variables have the value {value} in the text above, directly or by way of others?"
+            " The variables that have the value {value} are",
+        ),
+    ),
+    "train": Forms(
+        facts=(
+            " Let {name} be {source}.",
+            " Set {name} to {source}.",
+            " {name} := {source}.",
+            " The value of {name} is {source}.",
+            " We store {source} in {name}.",
+            " {name} takes the value {source}.",
+        ),
+        facts_of_several=(
+            " Let {name} be what {source} is.",
+            " Set {name} to {source}.",
+            " {name} := {source}.",
+            " The value of {name} is that of {source}.",
+            " We store {source} in {name}.",
+            " {name} takes the value of {source}.",
+        ),
+        questions=(
+            "\n\nQuestion: Which names stand for {value}?\nAnswer:",
+            "\n\nList all names that hold {value}:",
+            "\n\nWhat is equal to {value}? Equal to it are",
+            "\n\n{value} was stored in",
+            "\n\nQ: names for {value}?\nA:",
+            "\n\nFind every variable that got {value}. They are",
+        ),
+    ),
+    "held_out": Forms(
+        facts=(" Now {name} equals {source}.", " Write {source} into {name}."),
+        facts_of_several=(" Now {name} equals {source}.", " Write {source} into {name}."),
+        questions=(
+            "\n\nWhich variables ended up as {value}? These:",
+            "\n\nName each variable whose value is {value}:",
+        ),
+    ),
+}
+
+FREQUENCIES = {
+    "classic": Forms(
+        facts=(),
+        questions=(
+            "\n\nWhat are the {count} most common words in the list above? The {count} words that occur"
+            " most often are",
+        ),
+    ),
+    "train": Forms(
+        facts=(),
+        questions=(
+            "\n\nQuestion: Which {count} words were frequent?\nAnswer:",
+            "\n\nThe {count} words that kept coming back were",
+            "\n\nCount the words. At the top are these {count}:",
+            "\n\nQ: top {count} words?\nA:",
+            "\n\nName {count} words that you have read again and again:",
+            "\n\nOf all entries {count} stand out by their number:",
+        ),
+    ),
+    "held_out": Forms(
+        facts=(),
+        questions=(
+            "\n\nWrite down the {count} words with the highest counts:",
+            "\n\nWhich {count} words dominate the list? They are",
+        ),
+    ),
+}
+
+RECALL = {
+    "classic": Forms(facts=("\n{key} = {value}",), questions=("\n\n{key} =",)),
+    "train": Forms(
+        facts=("\n{key}: {value}", "\n{key} -> {value}", "\n{key} is {value}"),
+        questions=("\n\n{key}:", "\n\n{key} ->", "\n\n{key} is"),
+    ),
+    "held_out": Forms(
+        facts=("\n{key} / {value}", "\n{key} => {value}"), questions=("\n\n{key} /", "\n\n{key} =>")
+    ),
+}
