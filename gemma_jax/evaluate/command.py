@@ -121,15 +121,16 @@ def check(options: argparse.Namespace) -> Subject:
         "model": hash_of(str(model)) if model else options.preset,
         "dtype": config.dtype,
         "memory": dataclasses.asdict(config.memory),
-        "haystack": [hash_of(book) for book in books],
         **task_options(options),
+        "haystack": [hash_of(book) for book in books],
+        "filler": options.filler,
     }
     return Subject(options, config, tokenizer, grid, settings, made)
 
 
 def task_options(options: argparse.Namespace) -> dict[str, Any]:
     """What the options say of the tasks themselves."""
-    return {name: value for name in ("forms", "keys") if (value := getattr(options, name))}
+    return {"forms": options.forms, "keys": options.keys, "haystack": options.filler}
 
 
 def read_config(options: argparse.Namespace) -> GemmaConfig:

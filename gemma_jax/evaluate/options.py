@@ -15,6 +15,8 @@ PEER_UP_TO = "128K"
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command line."""
     from gemma_jax import tasks
+    from gemma_jax.tasks.forms import FORMS
+    from gemma_jax.tasks.words import KEYS
 
     whole = number(int)
     parser = ArgumentParser(
@@ -30,7 +32,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", metavar="DIR", help="of --preset (default: the demo's)")
     what = parser.add_argument_group("what is asked")
     what.add_argument(
-        "--task", metavar="A,B", required=True, type=names(tasks.names()), help="see below"
+        "--task",
+        metavar="A,B",
+        required=True,
+        type=names(tasks.names()),
+        help="of: " + ", ".join(tasks.names()),
     )
     what.add_argument(
         "--lengths", metavar="L,...", type=several(count), default="4K", help="e.g. 4K,128K,10M"
@@ -68,10 +74,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     what.add_argument("--seed", metavar="S", type=whole(0), default=0)
     what.add_argument(
-        "--haystack", metavar="FILE", nargs="+", help="texts (default: books held out)"
+        "--filler",
+        choices=("grass", "books", "needles"),
+        help="what facts are hidden in (default: the task's own)",
     )
-    what.add_argument("--forms", help="of the sentences that state facts")
-    what.add_argument("--keys", help="that facts are named by")
+    what.add_argument(
+        "--haystack", metavar="FILE", nargs="+", help="the books (default: those held out)"
+    )
+    what.add_argument("--forms", choices=FORMS, default="classic", help="(default: classic)")
+    what.add_argument("--keys", choices=KEYS, default="held_out", help="(default: held_out)")
     how = parser.add_argument_group("how")
     how.add_argument("--memory", metavar="RULE", help="a rule other than the recorded one")
     how.add_argument("--segment-length", metavar="S", type=whole(1))

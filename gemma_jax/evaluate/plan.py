@@ -90,7 +90,7 @@ def plan(options: Options, encode_batch: EncodeBatch, bos_id: int) -> Grid:
     rows = max(balanced(count, options.rows) for count in counts(options))
     groups: list[Group] = []
     for length, task in itertools.product(options.lengths, options.tasks):
-        if is_shared(options, length):
+        if is_shared(options, task, length):
             found = shared(options, task, length, encode_batch)
             groups += [Group((haystack,), shared=True) for haystack in found]
         else:
@@ -116,8 +116,8 @@ def counts(options: Options) -> set[int]:
     """Of texts, or of questions about one, that wait to be worked on together."""
     each = -(-options.questions // options.haystacks)
     return {
-        len(options.depths) * (each if is_shared(options, length) else options.trials)
-        for length in options.lengths
+        len(options.depths) * (each if is_shared(options, task, length) else options.trials)
+        for length, task in itertools.product(options.lengths, options.tasks)
     }
 
 
@@ -126,9 +126,13 @@ def balanced(count: int, most: int) -> int:
     return -(-count // -(-count // most))
 
 
-def is_shared(options: Options, length: int) -> bool:
-    """Whether haystacks of a length are read once for many questions."""
-    return {"always": True, "never": False}.get(options.shared, length >= SHARED_FROM)
+def is_shared(options: Options, task: Task, length: int) -> bool:
+    """Whether haystacks of a length are read once for many questions; by default only where the task
+    can ask so many about one text."""
+    if options.shared != "auto":
+        return options.shared == "always"
+    each = len(options.depths) * -(-options.questions // options.haystacks)
+    return length >= SHARED_FROM and each <= (task.most_questions or each)
 
 
 def alone(

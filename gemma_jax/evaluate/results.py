@@ -128,7 +128,7 @@ def _rate(count: float, seconds: float) -> float:
 
 def table(found: Sequence[Cell], chances: dict[str, float], labels: dict[str, str]) -> list[str]:
     """Lines of a table per task and setting: lengths down, depths across."""
-    lines: list[str] = []
+    lines = ["accuracy (95 % interval) n = trials"]
     for setting, task in dict.fromkeys((cell.setting, cell.task) for cell in found):
         some = [cell for cell in found if (cell.setting, cell.task) == (setting, task)]
         depths = sorted({cell.depth for cell in some if cell.depth is not None})
