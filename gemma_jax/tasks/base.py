@@ -176,8 +176,8 @@ class Composition:
         self._room = tokens - len(self._opening) - sum(map(len, self._facts))
         if self._room < 0:
             raise UsageError(
-                f"{tokens} tokens are too few for {episode.task} with its {len(self._facts)} facts,"
-                f" which take {tokens - self._room}: choose a greater length."
+                f"{tokens} tokens are too few for {episode.task}: its facts alone take"
+                f" {tokens - self._room}, so choose a greater length or ask fewer questions."
             )
         self.tokens = self.repeated_tokens = 0
         self.ends: list[int] = []
