@@ -40,9 +40,9 @@ def show(options: argparse.Namespace) -> None:
         sys.stdout.write(decode(ids))
     sys.stdout.write("\n")
     for question in episode.questions:
-        ends = ", ".join(str(text.ends[fact]) for fact in question.facts)
+        last = max(text.ends[fact] for fact in question.facts)
         print(
-            f"[depth {question.depth:.0%}, facts end at tokens {ends}]{question.text}"
+            f"[depth {question.depth:.0%}, the last fact ends at token {last}]{question.text}"
             f"\n=> {', '.join(question.answers)}\n",
             file=sys.stderr,
         )
