@@ -157,9 +157,9 @@ def _pieces(blocks: Iterable[str]) -> Iterator[str]:
     """Cuts a text; the last piece of what was read is held until it is known where it ends."""
     held = ""
     for block in blocks:
-        *pieces, held = _cut(held + block) or [""]
+        *pieces, held = _cut(held + block)
         yield from pieces
-    if held.strip():
+    if held := held.rstrip():
         yield held
 
 
@@ -168,9 +168,8 @@ def _cut(text: str) -> list[str]:
     body = text.rstrip()
     paragraphs = _PARAGRAPH_END.split(body)
     pieces = [_trim(piece) for paragraph in paragraphs for piece in _PIECE.findall(paragraph)]
-    # White space at the end belongs to the piece that is to come.
     blank = text[len(body) :][:_LONGEST]
-    return [*pieces, blank] if blank else pieces
+    return [*pieces[:-1], "".join([*pieces[-1:], blank])]
 
 
 def _trim(piece: str) -> str:
