@@ -8,6 +8,7 @@ has people, objects and (in QA4, which is about rooms) rooms of its own.
 import random
 from collections.abc import Iterable, Iterator, Sequence
 
+from gemma_jax.errors import UsageError
 from gemma_jax.tasks import babi, haystacks, scoring, words
 from gemma_jax.tasks.base import Draft, Episode, Piece, Question, Task, spread
 from gemma_jax.tasks.forms import BABILONG
@@ -74,11 +75,26 @@ class Babilong(Task):
     def __init__(self, name: str, forms: str, keys: str, haystack: str):
         self.name, self._forms, self._haystack = name, BABILONG[forms], haystack
         self._kind = babi.KINDS[name.removeprefix("babilong_")]
-        self._keys, self.chance = keys, self._kind.chance
+        self.chance = self._kind.chance
+        self._asks_for_rooms = self._kind.make is babi.two_arguments
+        people = PEOPLE_WHO_GIVE if self._kind.make is babi.three_arguments else PEOPLE
+        more = [words.of_split(names, keys, 2) for names in (MORE_PEOPLE, MORE_OBJECTS, MORE_ROOMS)]
+        # bAbI's own names come first, but never in training.
+        of_babi = ((), (), ()) if keys == "train" else (people, OBJECTS, ROOMS)
+        self._names = list(zip(of_babi, more, strict=True))
+        people, things, rooms = (len(first) + len(others) for first, others in self._names)
+        self.most_questions = min(people // 4, things // 3)
+        if self._asks_for_rooms:
+            self.most_questions = min(self.most_questions, rooms // 3)
 
     def episode(self, seed: int, depths: Sequence[float], questions_per_depth: int = 1) -> Episode:
         rng = random.Random(f"{self.name}:{seed}")
         places = spread(depths, questions_per_depth, rng)
+        if len(places) > self.most_questions:
+            raise UsageError(
+                f"{self.name} has names for {self.most_questions} stories in one text, not for"
+                f" {len(places)}: ask fewer questions per depth, or give fewer depths."
+            )
         draft = Draft(self.name, seed, OPENING)
         for (asked, depth), cast in zip(places, self._casts(len(places), rng), strict=True):
             story = self._kind.story(cast, rng)
@@ -111,32 +127,19 @@ class Babilong(Task):
         return scoring.share_found(answer, question.answers, scoring.one_of(possible))
 
     def _casts(self, stories: int, rng: random.Random) -> list[babi.Cast]:
-        of_babi = PEOPLE_WHO_GIVE if self._kind.make is babi.three_arguments else PEOPLE
-        people = self._names(of_babi, MORE_PEOPLE, 4 * stories, rng)
-        things = self._names(OBJECTS, MORE_OBJECTS, 3 * stories, rng)
-        own_rooms = self._kind.make is babi.two_arguments and stories > 1
-        rooms = self._names(ROOMS, MORE_ROOMS, 3 * stories if own_rooms else len(ROOMS), rng)
-        return [
-            babi.Cast(
-                people[4 * i : 4 * i + 4],
-                things[3 * i : 3 * i + 3],
-                rooms[3 * i : 3 * i + 3] if own_rooms else rooms,
-            )
-            for i in range(stories)
+        people, things, rooms = (
+            iter([*of_babi, *rng.sample(more, len(more))]) for of_babi, more in self._names
+        )
+        if self._asks_for_rooms and stories > 1:
+            rooms_of = [words.take(rooms, 3, "rooms") for _ in range(stories)]
+        else:
+            rooms_of = [words.take(rooms, len(ROOMS), "rooms")] * stories
+        casts = [
+            babi.Cast(words.take(people, 4, "people"), words.take(things, 3, "objects"), own)
+            for own in rooms_of
         ]
-
-    def _names(
-        self, of_babi: Sequence[str], more: list[str], count: int, rng: random.Random
-    ) -> list[str]:
-        held_out = set(more[1::2])
-        more = [
-            name
-            for name in more
-            if self._keys == "all" or (name in held_out) == (self._keys == "held_out")
-        ]
-        rng.shuffle(more)
-        names = more if self._keys == "train" else [*of_babi, *more]
-        return words.take(iter(names), count, "people, objects or rooms")
+        rng.shuffle(casts)  # or else bAbI's names would always stand at the first depth
+        return casts
 
 
 _POSSIBLE = (

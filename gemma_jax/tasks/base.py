@@ -11,6 +11,7 @@ tokenizers like Gemma's join a space to the word after it.
 
 import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -196,7 +197,7 @@ class Composition:
             yield ids
         else:
             raise InputError("The haystack's filler ended: it must be without end.")
-        yield from self._facts_before(1.0)
+        yield from self._facts_before(math.inf)
 
     def _facts_before(self, depth: float) -> Iterator[list[int]]:
         facts = self._episode.facts
