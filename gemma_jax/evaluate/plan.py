@@ -108,7 +108,12 @@ def plan(options: Options, encode_batch: EncodeBatch, bos_id: int) -> Grid:
     padded = -(-longest // QUESTION_MULTIPLE) * QUESTION_MULTIPLE
     grid = Grid(tuple(groups), rows, padded, encode_batch, options.books, bos_id)
     for haystack in grid.haystacks:
-        grid.text(haystack)  # raises where the facts do not fit
+        try:
+            grid.text(haystack)
+        except UsageError as error:
+            raise UsageError(
+                f"--lengths {haystack.tokens} is too short: beside BOS and the question, {error}"
+            ) from error
     return grid
 
 
