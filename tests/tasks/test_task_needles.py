@@ -1,5 +1,6 @@
 """Passkeys and needles against a reader that looks for their sentences in the text."""
 
+import itertools
 import random
 import re
 
@@ -98,6 +99,20 @@ def test_a_haystack_of_needles_never_has_a_key_that_is_asked_for():
     others = [KEYED["number"].search(next(filler).text)[0] for _ in range(every + 100)]
     assert len(asked) == 15 and asked.isdisjoint(others)
     assert set(others[-100:]) <= set(others[:-100]), "after all other keys they come again"
+
+
+def test_a_haystack_of_needles_needs_a_key_of_its_own():
+    task = tasks.make("niah_multivalue", haystack="needles")
+    most = len(list(words.keys(random.Random(0), "held_out"))) - 1
+    episode = task.episode(0, [0.5], most)
+    asked = {question.text for question in episode.questions}
+    (other,) = {
+        KEYED["number"].search(piece.text)[0]
+        for piece in itertools.islice(task.filler(episode, ()), 9)
+    }
+    assert len(asked) == most and not any(f"for {other} " in question for question in asked)
+    with pytest.raises(UsageError, match="different keys"):
+        task.episode(0, [0.5], most + 1)
 
 
 def test_training_shares_no_word_of_a_key_and_no_wording_with_the_tests():
