@@ -1,8 +1,9 @@
 """Runs the trials of a grid that are not finished yet, and notes each in the journal."""
 
 import collections
+import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from gemma_jax.evaluate.haystack import Haystack, Text
@@ -47,14 +48,18 @@ class Clock:
             if cell in self._told or not self._finished(cell):
                 continue
             self._told.add(cell)
-            trials = [self._journal.trials[key] for key in keys if key in self._journal.trials]
-            failed = len(keys) - len(trials)
+            journal = self._journal
+            trials = [journal.trials[key] for key in keys if key in journal.trials]
+            reasons = [journal.failed[key].failed for key in keys if key in journal.failed]
+            not_run = sum(reason.startswith(NOT_RUN) for reason in reasons)
+            failed = len(reasons) - not_run
             score = sum(trial.score for trial in trials)
             setting, task, tokens, depth = cell
             self._console.line(
                 f"{task}, {tokens} tokens, depth {100 * depth:g}%, {setting}:"
                 f" {score:g} of {len(trials)} right"
                 + (f", {failed} failed" if failed else "")
+                + (f", {not_run} not run" if not_run else "")
                 + (f"; {duration(left)} left" if (left := self._left()) else "")
             )
 
@@ -72,13 +77,19 @@ class Clock:
 
 
 def run(
-    grid: Grid, readers: dict[str, Any], journal: Journal, console: Console, within: int
+    grid: Grid,
+    readers: dict[str, Any],
+    journal: Journal,
+    console: Console,
+    within: int,
+    skip: Callable[[Group], str | None] = lambda group: None,
 ) -> None:
     """Runs what is unfinished of each setting; a trial that cannot be run is noted as failed.
 
     Args:
         readers: `running.Reader` by name of the setting.
         within: facts that end fewer tokens before the end may be known by local attention alone.
+        skip: gives the reason when a group is not to be run after all.
     """
     clock = Clock(grid, readers, journal, console)
     todo = [
@@ -90,11 +101,14 @@ def run(
     for setting, reader in readers.items():
         kinds = {group.shared for group, name, _ in todo if name == setting}
         if kinds:
-            console.line(f"compiling ({setting})")
-            console.line(f"compiled in {duration(reader.warm_up(kinds))}")
+            console.line(f"{setting}: preparing")
+            console.line(f"{setting}: ready after {duration(reader.warm_up(kinds))}")
     clock.begin(sum(group.tokens for group, _, _ in todo))
     for group, setting, batches in todo:
-        run_group(grid, group, setting, batches, readers[setting], journal, clock, within)
+        if reason := skip(group):
+            journal.add(failures(setting, batches, reason))
+        else:
+            run_group(grid, group, setting, batches, readers[setting], journal, clock, within)
         clock.tell()
     console.end_progress()
 
@@ -137,12 +151,7 @@ def run_group(
         spent = (read_seconds, composing, answer_tokens, answer_seconds)
         journal.add([Reading(setting, read, *spent, reader.peak_bytes())])
     except Exception as error:
-        reason = str(as_gemma_error(error))
-        journal.add(
-            blank(setting, haystack, number, failed=reason)
-            for batch in pending
-            for haystack, number in batch
-        )
+        journal.add(failures(setting, pending, str(as_gemma_error(error))))
 
 
 def unfinished(group: Group, setting: str, rows: int, journal: Journal) -> list[Batch]:
@@ -181,6 +190,12 @@ def blank(setting: str, haystack: Haystack, number: int, **fields: Any) -> Trial
         expected=question.answers,
         **fields,
     )
+
+
+def failures(setting: str, batches: Iterable[Batch], reason: str) -> Iterator[Trial]:
+    """Trials that have no answer, and why."""
+    for haystack, number in itertools.chain.from_iterable(batches):
+        yield blank(setting, haystack, number, failed=reason)
 
 
 def answered(

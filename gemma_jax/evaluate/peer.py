@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 from gemma_jax.errors import GemmaError, OutOfMemoryError
@@ -35,29 +35,30 @@ def run_peer(
     """Runs the grid's trials up to a length, or to that which does not fit; longer ones are noted as
     not run.
     """
-    full = None
-    for length in sorted({haystack.tokens for haystack in grid.haystacks}):
-        part = one_by_one(grid, length)
-        reason = None
-        if length > up_to:
-            reason = f"{NOT_RUN}: longer than {up_to} tokens"
-        elif full is not None:
-            reason = f"{NOT_RUN}: out of memory at {full} tokens"
-        if reason is None:
-            run(part, {SETTING: peer}, journal, console, within)
-            full = length if peer.out_of_memory else None
-        else:
-            blanks = blank_trials(part, SETTING)
-            journal.add(dataclasses.replace(blank, failed=reason) for blank in blanks)
-            console.line(f"{SETTING}, {length} tokens: {reason}")
+    short, long = (
+        one_by_one(grid, range(up_to + 1)),
+        one_by_one(grid, range(up_to + 1, sys.maxsize)),
+    )
+    reason = f"{NOT_RUN}: longer than {up_to} tokens"
+    journal.add(dataclasses.replace(blank, failed=reason) for blank in blank_trials(long, SETTING))
+    tried = 0
+
+    def skip(group: Group) -> str | None:
+        nonlocal tried
+        if peer.out_of_memory:
+            return f"{NOT_RUN}: out of memory at {tried} tokens"
+        tried = group.tokens
+        return None
+
+    run(short, {SETTING: peer}, journal, console, within, skip)
 
 
-def one_by_one(grid: Grid, length: int) -> Grid:
-    """The haystacks of a length, each read alone."""
+def one_by_one(grid: Grid, lengths: Container[int]) -> Grid:
+    """The haystacks of some lengths, each read alone, the shortest first."""
     groups = tuple(
         Group((haystack,), shared=len(haystack.asked) > 1)
-        for haystack in grid.haystacks
-        if haystack.tokens == length
+        for haystack in sorted(grid.haystacks, key=lambda haystack: haystack.tokens)
+        if haystack.tokens in lengths
     )
     return dataclasses.replace(grid, groups=groups)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from gemma_jax import PRESETS
 from gemma_jax.benchmark import records
 from gemma_jax.errors import OutOfMemoryError
 from gemma_jax.evaluate import command, peer
@@ -220,6 +221,24 @@ def test_the_baseline_is_the_model_with_memory_off_on_the_same_trials(
     found = records.read(tmp_path / "recall.json", Recall)
     assert {r.rule for r in found} == {"linear", "off"}
     assert all((r.baseline is None) == (r.rule == "off") for r in found)
+
+
+def test_a_preset_has_random_weights_and_is_labelled_so(evaluate, tmp_path, monkeypatch):
+    changes = {"vocab_size": 1000, "width": 16, "mlp_dim": 24, "num_heads": 2, "head_dim": 8}
+    tiny = dataclasses.replace(PRESETS["gemma-2b"], layer_types=("global",), **changes)
+    monkeypatch.setitem(PRESETS, "gemma-2b", tiny)
+    arguments = ["--preset", "gemma-2b", "--memory", "gated_delta", "--dtype", "float32"]
+    arguments += ["--task", "passkey", "--lengths", "900", "--shared", "--questions", "4"]
+    arguments += ["--depths", "0,50", "--record", tmp_path / "recall.json"]
+    result = evaluate(*arguments, *SMALL, "--output", tmp_path)
+    assert (
+        result.code == 0 and "passkey, gemma-2b (random weights), memory gated_delta" in result.out
+    )
+    found = records.read(tmp_path / "recall.json", Recall)
+    (pooled,) = [record for record in found if record.depth is None]
+    assert pooled.model == "gemma-2b (random weights)" and pooled.haystacks == 1
+    assert (pooled.trials, pooled.accuracy) == (8, 0.0) and pooled.effective_trials < 8
+    assert pooled.state_bytes > 0 and pooled.read_tokens_per_second > 0
 
 
 @pytest.mark.skipif(not HAS_TORCH, reason="needs torch")
