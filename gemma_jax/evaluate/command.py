@@ -124,7 +124,10 @@ def check(options: argparse.Namespace) -> Subject:
         **task_options(options),
         "haystack": [hash_of(book) for book in books],
         "filler": options.filler,
+        "tokenizer": options.tokenizer,
     }
+    if options.peer:
+        settings["peer_model"] = options.peer_model
     return Subject(options, config, tokenizer, grid, settings, made)
 
 

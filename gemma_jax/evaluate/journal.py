@@ -1,6 +1,7 @@
 """Every finished trial on disk at once, so that an interrupted grid goes on where it stopped.
 
-The journal is lines of JSON: the settings of the grid, then trials and readings as they are finished.
+The journal is lines of JSON: the settings of the grid, then trials and readings as they are finished,
+and settings that came later (a peer, say, that the first command did not have).
 A line that was cut off by a kill is dropped.
 """
 
@@ -117,27 +118,28 @@ class Journal:
             os.truncate(self.path, whole)
         try:
             lines = [json.loads(line) for line in data[:whole].splitlines()]
-            found = lines.pop(0)["settings"] if lines else settings
-            difference = next((k for k in settings if found.get(k) != settings[k]), None)
-            if difference is None:
-                for line in lines:
-                    if "trial" in line:
-                        fields = line["trial"]
-                        self._note(Trial(**fields | {"expected": tuple(fields["expected"])}))
-                    else:
-                        self._note(Reading(**line["reading"]))
+            found = dict(lines[0]["settings"]) if lines else {}
+            for line in lines[1:]:
+                if "trial" in line:
+                    fields = line["trial"]
+                    self._note(Trial(**fields | {"expected": tuple(fields["expected"])}))
+                elif "reading" in line:
+                    self._note(Reading(**line["reading"]))
+                else:
+                    found |= line["settings"]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
                 f"{self.path} is no journal of this command ({error}): choose another --output."
             ) from error
-        if difference is not None:
-            raise UsageError(
-                f"{self.path.parent} holds trials of other settings ({difference} was"
-                f" {_short(found.get(difference))}, now {_short(settings[difference])}): choose"
-                " another --output."
-            )
-        if not whole:
-            self.path.write_text(_line("settings", settings), encoding="utf-8")
+        for name, value in settings.items():
+            if name in found and found[name] != value:
+                raise UsageError(
+                    f"{self.path.parent} holds trials of other settings ({name} was"
+                    f" {_short(found[name])}, now {_short(value)}): choose another --output."
+                )
+        if more := {name: value for name, value in settings.items() if name not in found}:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(_line("settings", more))
 
 
 def _line(kind: str, content: Mapping[str, Any]) -> str:

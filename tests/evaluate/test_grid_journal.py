@@ -52,6 +52,15 @@ def test_other_settings_are_refused_by_name(tmp_path):
         Journal(tmp_path, SETTINGS | {"lengths": (4096, 8192)})
 
 
+def test_settings_may_come_later_and_are_then_kept(tmp_path):
+    Journal(tmp_path, SETTINGS).add([TRIAL])
+    journal = Journal(tmp_path, SETTINGS | {"peer": "a"})
+    assert journal.trials == {TRIAL.key: TRIAL}
+    Journal(tmp_path, SETTINGS)
+    with pytest.raises(UsageError, match="peer was a, now b"):
+        Journal(tmp_path, SETTINGS | {"peer": "b"})
+
+
 def test_resuming_nothing_is_refused(tmp_path):
     with pytest.raises(UsageError, match="nothing to resume"):
         Journal(tmp_path, SETTINGS, must_exist=True)
