@@ -54,6 +54,7 @@ def evaluate(options: argparse.Namespace) -> None:
         run_peer(subject, journal, console, within)
     run_ours(subject, journal, console, within)
     report.report(subject, journal)
+    console.line(f"everything is in {options.output}")
 
 
 @dataclasses.dataclass(frozen=True)

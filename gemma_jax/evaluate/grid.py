@@ -104,13 +104,15 @@ def run(
             console.line(f"{setting}: preparing")
             console.line(f"{setting}: ready after {duration(reader.warm_up(kinds))}")
     clock.begin(sum(group.tokens for group, _, _ in todo))
-    for group, setting, batches in todo:
-        if reason := skip(group):
-            journal.add(failures(setting, batches, reason))
-        else:
-            run_group(grid, group, setting, batches, readers[setting], journal, clock, within)
-        clock.tell()
-    console.end_progress()
+    try:
+        for group, setting, batches in todo:
+            if reason := skip(group):
+                journal.add(failures(setting, batches, reason))
+            else:
+                run_group(grid, group, setting, batches, readers[setting], journal, clock, within)
+            clock.tell()
+    finally:
+        console.end_progress()
 
 
 def run_group(
