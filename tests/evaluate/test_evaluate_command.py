@@ -320,7 +320,7 @@ def test_what_does_not_fit_the_peer_is_not_run_and_nothing_longer_is_tried(sourc
         (["--haystack", "EMPTY"], 3, "empty.txt has no text"),
         (["--haystack", "no/such/file"], 3, "no/such/file"),
         (["--tokenizer", "DIR"], 2, "--preset"),
-        (["--record", "EMPTY"], 3, "holds no such records"),
+        (["--record", "EMPTY"], 3, "holds no records of this kind"),
         (["--model", "DIR"], 3, "DIR"),
     ],
 )
