@@ -14,6 +14,8 @@ from typing import Any
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
+    from gemma_jax.inference.options import parse
+
     options = parse(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # only its tokenizers are used here
     from gemma_jax.inference.console import run_command
@@ -25,30 +27,24 @@ def answer(options: argparse.Namespace) -> None:
     """Reads the text, prints the answer, and says on standard error what is going on."""
     from gemma_jax.inference import notices
     from gemma_jax.inference.console import Console
-    from gemma_jax.inference.documents import Documents
 
     console = Console(quiet=options.quiet)
-    documents = Documents(options.context, options.prompt, errors=options.encoding_errors)
-    model = load(options, console)
+    documents = open_files(options)
+    model, memory = load(options, console)
+    autosave = start_autosave(options, model, console)
 
     from gemma_jax.inference.reader import generate
-
-    def show(progress: Any) -> None:
-        console.progress(progress)
-        console.warning(notices.forgotten(model.config, progress.tokens))
 
     answer = generate(
         model,
         documents,
+        memory=memory,
+        keeper=autosave,
+        on_memory=lambda memory: save(options, memory, model, console),
         max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        seed=options.seed,
-        stop=options.stop,
+        **sampling(options),
         template=options.template,
-        on_progress=show,
+        on_progress=show_progress(console, model, memory),
     )
     try:
         for piece in answer:
@@ -59,12 +55,28 @@ def answer(options: argparse.Namespace) -> None:
         console.end_progress()
     report = answer.report()
     print(json.dumps(report, ensure_ascii=False) if options.json else "", flush=True)
-    console.warning(notices.replaced(documents.replaced))
+    console.warning(notices.replaced(documents.replaced if documents else 0))
     console.line(notices.summary(report, answer.given_tokens))
+    if autosave:
+        autosave.path.unlink(missing_ok=True)
 
 
-def load(options: argparse.Namespace, console: Any) -> Any:
-    """Loads the model, and says before what that will take."""
+def open_files(options: argparse.Namespace) -> Any:
+    """The text to be read, None without any; what is missing is known before a model is loaded."""
+    from gemma_jax.checkpoint import memory_file
+    from gemma_jax.inference.documents import Documents
+
+    if earlier := options.load_memory or options.resume:
+        memory_file.describe(earlier, verify=not options.no_verify)
+    if options.save_memory:
+        memory_file.require_place(options.save_memory)
+    if not options.context and options.prompt is None:
+        return None
+    return Documents(options.context, options.prompt, errors=options.encoding_errors)
+
+
+def load(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
+    """Loads the model, and what it read before; says first what that will take."""
     from gemma_jax import cache, demo
     from gemma_jax.checkpoint import store
     from gemma_jax.inference import notices
@@ -80,110 +92,62 @@ def load(options: argparse.Namespace, console: Any) -> Any:
     )
     console.line(notices.memory_needed(config))
     console.warning(notices.untrained(recorded, options.memory))
-    return store.load(
+    model = store.load(
         path,
         memory=options.memory,
         segment_length=options.segment_length,
         verify=not options.no_verify,
     )
+    earlier = options.load_memory or options.resume
+    if earlier is None:
+        return model, None
+    from gemma_jax.inference.saving import load_reading
+
+    memory = load_reading(
+        earlier, model, resume=options.resume is not None, verify=not options.no_verify
+    )
+    console.line(notices.loaded(earlier, memory))
+    return model, memory
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Options of the command line; what is out of range ends the program with exit code 2."""
-    from gemma_jax.inference.console import ArgumentParser, number
+def start_autosave(options: argparse.Namespace, model: Any, console: Any) -> Any:
+    """What saves the reading while it is under way, if that is asked for."""
+    from gemma_jax.inference import saving
 
-    parser = ArgumentParser(
-        prog="run.py",
-        description="Reads a text of any length in constant memory, and continues or answers it.",
-        epilog="What is read is the files, then the prompt, joined by newlines.",
-    )
-    whole, real = number(int), number(float)
-    group = parser.add_argument_group("what is read")
-    group.add_argument(
-        "--model", metavar="DIR", help="a checkpoint of convert_weights.py (default: a random one)"
-    )
-    group.add_argument(
-        "--context",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="read before the prompt; '-': stdin",
-    )
-    group.add_argument("--prompt", metavar="TEXT", help="read last; '-': from standard input")
-    group.add_argument(
-        "--template", action="store_true", help="make it one user turn of the chat template"
-    )
-    group.add_argument(
-        "--encoding-errors", choices=("strict", "replace"), default="strict", help="bytes not UTF-8"
-    )
-
-    group = parser.add_argument_group("what is written")
-    group.add_argument(
-        "--max-new-tokens", metavar="N", type=whole(0), default=256, help="default: 256"
-    )
-    group.add_argument(
-        "--temperature",
-        metavar="T",
-        type=real(0),
-        help="0 is greedy (default; 1 with --top-k/-p, --min-p)",
-    )
-    group.add_argument(
-        "--top-k", metavar="K", type=whole(1), help="sample among the K likeliest tokens"
-    )
-    group.add_argument(
-        "--top-p",
-        metavar="P",
-        type=real(0, 1, above=True),
-        help="sample among the likeliest with share P",
-    )
-    group.add_argument(
-        "--min-p",
-        metavar="P",
-        type=real(0, 1),
-        help="sample among those P times as likely as the first",
-    )
-    group.add_argument(
-        "--seed",
-        metavar="S",
-        type=whole(0, 2**32 - 1),
-        default=0,
-        help="of the sampling (default: 0)",
-    )
-    group.add_argument(
-        "--stop",
-        metavar="TEXT",
-        action="append",
-        default=[],
-        type=some_text,
-        help="ends the answer",
-    )
-
-    group = parser.add_argument_group("how the model remembers")
-    group.add_argument(
-        "--memory", metavar="RULE", help="off, linear, delta, gated_delta, or FILE.py:CLASS"
-    )
-    group.add_argument("--segment-length", metavar="S", type=whole(1), help="tokens per segment")
-
-    group = parser.add_argument_group("what is said about it")
-    group.add_argument(
-        "--no-verify", action="store_true", help="do not check the checkpoint's hashes"
-    )
-    group.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    group.add_argument(
-        "--quiet", action="store_true", help="only warnings and errors on standard error"
-    )
-    group.add_argument("--debug", action="store_true", help="show tracebacks")
-    options = parser.parse_args(arguments)
-    if not options.context and options.prompt is None:
-        parser.error("there is nothing to read: give --prompt TEXT, --context FILE, or both")
-    return options
+    if options.autosave is None and not options.save_memory and not options.resume:
+        return None
+    path = saving.autosave_path(options.resume, options.save_memory, options.context)
+    seconds = options.autosave or saving.DEFAULT_SECONDS
+    return saving.Autosave(path, model, seconds=seconds, say=console.warning)
 
 
-def some_text(text: str) -> str:
-    """The argument type of stop texts."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty: give at least one character")
-    return text
+def save(options: argparse.Namespace, memory: Any, model: Any, console: Any) -> None:
+    """Keeps what was read in a file, if that is asked for."""
+    from gemma_jax.checkpoint import memory_file
+    from gemma_jax.inference import notices
+
+    if options.save_memory:
+        memory_file.save(options.save_memory, memory, model)
+        console.line(notices.saved(options.save_memory, memory))
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """How tokens are drawn and where answers end, as `generate` takes it."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
+    return {name: getattr(options, name) for name in names}
+
+
+def show_progress(console: Any, model: Any, memory: Any) -> Any:
+    """Shows how far a reading is, and warns when a text is longer than the model remembers."""
+    from gemma_jax.inference import notices
+
+    before = memory.tokens if memory else 0
+
+    def show(progress: Any) -> None:
+        console.progress(progress)
+        console.warning(notices.forgotten(model.config, before + progress.tokens))
+
+    return show
 
 
 if __name__ == "__main__":

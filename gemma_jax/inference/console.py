@@ -160,8 +160,8 @@ def run_command(command: Callable[[], None], *, debug: bool = False) -> int:
         # The interpreter flushes standard output once more at its end, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(str(interruption) or "interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if debug:

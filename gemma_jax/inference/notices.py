@@ -1,5 +1,6 @@
 """The sentences that `run.py` says about a model, its memory and what was read."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,6 +72,21 @@ def summary(report: dict[str, Any], given_tokens: int) -> str:
 
 def _speed(rate: float | None) -> str:
     return "" if rate is None else f" ({rate:.0f} tokens/s)"
+
+
+def saved(path: Any, memory: Any) -> str:
+    """What a memory file holds that was just written."""
+    return (
+        f"{memory.tokens} tokens are kept in {path} ({size(os.stat(path).st_size)}); ask again with"
+        f" --load-memory {path}"
+    )
+
+
+def loaded(path: Any, memory: Any) -> str:
+    """What a memory file held that was just loaded."""
+    sources = (*memory.sources, *(memory.unread.sources if memory.unread else ()))
+    names = ", ".join(dict.fromkeys(source.name for source in sources))
+    return f"{memory.tokens} tokens were read before ({names or 'from Python'}; {path})"
 
 
 def converted(conversion: Any, dest: str) -> Iterator[str]:

@@ -1,0 +1,180 @@
+"""The command line with memory files: asked again, interrupted, gone on with."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import run
+
+ROOT = Path(run.__file__).parent
+OPTIONS = ("--max-new-tokens", "8", "--segment-length", "16")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"the people called him {i}\n" for i in range(9000)))
+    return path
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs the command in this process; gives its exit code, output and errors."""
+
+    def call(*arguments):
+        try:
+            code = run.main([*map(str, arguments), *OPTIONS])
+        except SystemExit as exit_:
+            code = exit_.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the command as a process; it does not outlive the test."""
+    processes = []
+
+    def call(*arguments):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "run.py"), *map(str, arguments), *OPTIONS],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        processes.append(process)
+        return process
+
+    yield call
+    for process in processes:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            pipe.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+
+
+def test_a_book_is_read_once_and_asked_again(command, book, tmp_path):
+    expected = command("--context", book, "--prompt", "who")
+    memory = tmp_path / "book.mem"
+    code, _, err = command("--context", book, "--save-memory", memory)
+    assert code == 0 and f"--load-memory {memory}" in err
+    for _ in range(2):
+        code, out, err = command("--load-memory", memory, "--prompt", "who")
+        assert (code, out) == expected[:2]
+        assert "tokens were read before" in err and re.search(r"read (\d+) of \1 tokens", err)
+    assert sorted(os.listdir(tmp_path)) == ["book.mem", "book.txt"]
+
+
+def test_a_loaded_memory_alone_is_continued(command, book, tmp_path):
+    first = command("--context", book, "--save-memory", tmp_path / "book.mem", "--json")
+    again = command("--load-memory", tmp_path / "book.mem", "--json")
+    keys = ("text", "tokens", "prompt_tokens")
+    first, again = json.loads(first[1]), json.loads(again[1])
+    assert [first[key] for key in keys] == [again[key] for key in keys]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--load-memory", "no.mem", "--prompt", "a"], 3, "no.mem"),
+        (["--load-memory", "book.txt", "--prompt", "a"], 4, "book.txt"),
+        (["--load-memory", "a", "--resume", "b", "--prompt", "a"], 2, "--load-memory"),
+        (["--resume", "a"], 2, "--resume"),
+        (["--context", "book.txt", "--autosave", "0"], 2, "--autosave"),
+        (["--context", "book.txt", "--save-memory", "."], 3, "cannot be written"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(
+    command, book, monkeypatch, arguments, code, words
+):
+    monkeypatch.chdir(book.parent)
+    found, out, err = command(*arguments)
+    assert (found, out) == (code, "")
+    assert words in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_another_model_is_refused(command, book, tmp_path):
+    command("--context", book, "--save-memory", tmp_path / "book.mem")
+    code, _, err = command(
+        "--load-memory", tmp_path / "book.mem", "--prompt", "a", "--memory", "delta"
+    )
+    assert code == 2 and "rule was off (--memory off), and is delta here" in err
+
+
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda how: how.name
+)
+def test_an_interrupted_reading_goes_on_to_the_same_answer(command, start, book, tmp_path, how):
+    """The text comes through a pipe, so that the reading is under way when the signal comes."""
+    expected = command("--context", book, "--prompt", "who")
+    arguments = ["--context", "-", "--prompt", "who", "--autosave", "0.01"]
+    process = start(*arguments)
+    text = book.read_text()
+    process.stdin.write(text[: len(text) * 3 // 4])
+    process.stdin.flush()
+    partial = tmp_path / "reading.partial.mem"
+    wait_for(partial, process)
+    process.send_signal(how)
+    code = process.wait(timeout=60)
+    err = process.stderr.read()
+    if how != signal.SIGKILL:
+        assert code == 130
+        assert re.search(r"interrupted: \d+ tokens are kept", err)
+        assert "--resume reading.partial.mem" in err
+    process = start(*arguments, "--resume", partial)
+    out, err = process.communicate(text, timeout=60)
+    assert (process.returncode, out) == expected[:2], err
+    assert re.search(r"[1-9]\d* tokens were read before", err)
+    assert os.listdir(tmp_path) == ["book.txt"]
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    code = (
+        "import os, signal, sys, time\n"
+        "from gemma_jax.inference.saving import Autosave\n"
+        "with Autosave('x', None, say=print) as saving:\n"
+        "    for _ in range(2): os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130
+
+
+def test_going_on_with_other_files_is_refused(command, start, book, tmp_path):
+    partial = tmp_path / "book.partial.mem"
+    process = start("--context", book, "--context", "-", "--autosave", "0.01")
+    wait_for(partial, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    book.write_text(book.read_text().replace("him 1\n", "him 2\n"))
+    code, out, err = command("--context", book, "--prompt", "x", "--resume", partial)
+    assert (code, out) == (3, "")
+    assert "does not begin with what was read before" in err
+    assert partial.exists()
