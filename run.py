@@ -20,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # only its tokenizers are used here
     from gemma_jax.inference.console import run_command
 
-    return run_command(lambda: answer(options), debug=options.debug)
+    mode = chat if options.chat else answer_all if options.prompts else answer
+    return run_command(lambda: mode(options), debug=options.debug)
 
 
 def answer(options: argparse.Namespace) -> None:
@@ -58,7 +59,70 @@ def answer(options: argparse.Namespace) -> None:
     console.warning(notices.replaced(documents.replaced if documents else 0))
     console.line(notices.summary(report, answer.given_tokens))
     if autosave:
-        autosave.path.unlink(missing_ok=True)
+        autosave.remove()
+
+
+def chat(options: argparse.Namespace) -> None:
+    """A conversation in the terminal, about the context if there is any."""
+    from gemma_jax.inference.console import Console
+
+    console = Console(quiet=options.quiet)
+    model, memory = read_context(options, console, template=True)
+
+    from gemma_jax.inference.chat import Chat
+    from gemma_jax.inference.terminal import Terminal
+
+    talk = Chat(model, memory, max_new_tokens=options.max_new_tokens, **sampling(options))
+    Terminal(talk, model, console, verify=not options.no_verify).run()
+
+
+def answer_all(options: argparse.Namespace) -> None:
+    """Answers the prompts of a file, each about the same context, in lines of JSON."""
+    from gemma_jax.inference import batch, notices
+    from gemma_jax.inference.console import Console
+
+    console = Console(quiet=options.quiet)
+    prompts = batch.open_prompts(options.prompts)
+    model, memory = read_context(options, console, template=options.template)
+    reports = batch.answers(
+        model,
+        prompts,
+        memory,
+        errors=options.encoding_errors,
+        template=options.template,
+        max_new_tokens=options.max_new_tokens,
+        **sampling(options),
+    )
+    counts = {True: 0, False: 0}
+    for report in reports:
+        print(json.dumps(report, ensure_ascii=False), flush=True)
+        counts["error" in report] += 1
+    console.line(notices.batch(answered=counts[False], failed=counts[True]))
+
+
+def read_context(options: argparse.Namespace, console: Any, template: bool) -> tuple[Any, Any]:
+    """The model, and the memory of what comes before whatever is asked."""
+    from gemma_jax.inference import notices
+
+    documents = open_files(options)
+    model, memory = load(options, console)
+
+    from gemma_jax.inference.progress import Meter
+    from gemma_jax.inference.remember import new_memory, remember
+
+    if documents is None:
+        return model, memory or new_memory(model)
+    autosave = start_autosave(options, model, console)
+    meter = Meter(documents.share_read, show_progress(console, model, memory))
+    try:
+        memory = remember(model, documents, memory, template=template, meter=meter, keeper=autosave)
+    finally:
+        console.end_progress()
+    console.warning(notices.replaced(documents.replaced))
+    save(options, memory, model, console)
+    if autosave:
+        autosave.remove()
+    return model, memory
 
 
 def open_files(options: argparse.Namespace) -> Any:

@@ -295,6 +295,7 @@ class Place(enum.StrEnum):
     TEXT = "text"  # text outside the chat template
     TURN = "turn"  # the user's turn, which more text may follow
     ANSWER = "answer"  # the model's turn, before the token that ends it
+    END = "end"  # the model's turn, after that token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,7 +354,10 @@ def opening(tokenizer: Any, place: str, turn: Turn | None, bos_id: int) -> tuple
     start = [bos_id] if place == Place.START else []
     if turn is None or place == Place.TURN:
         return start, ""
-    parts = list(turn.between if place == Place.ANSWER else turn.before)
+    if place in (Place.ANSWER, Place.END):
+        parts = list(turn.between if place == Place.ANSWER else turn.between[1:])
+    else:
+        parts = list(turn.before)
     seam = parts.pop() if parts and isinstance(parts[-1], str) else ""
     return start + _ids(tokenizer, parts), seam
 

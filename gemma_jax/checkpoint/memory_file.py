@@ -91,7 +91,7 @@ def save(path: str | Path, memory: Memory, model: Any) -> None:
     import jax
     import safetensors.numpy
 
-    path = Path(path).expanduser()
+    path = _path(path)
     arrays = {_name(place): leaf for place, leaf in jax.tree.leaves_with_path(memory.state)}
     arrays |= {_IDS: np.asarray(memory.ids, np.int32)}
     arrays |= {_TEXT: np.frombuffer(memory.text.encode("utf-8", "surrogatepass"), np.uint8)}
@@ -123,7 +123,7 @@ def save(path: str | Path, memory: Memory, model: Any) -> None:
 
 def require_place(path: str | Path) -> None:
     """Raises `InputError` when no file can be written at `path`."""
-    path = Path(path).expanduser()
+    path = _path(path)
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"{path} cannot be written: name a file in a directory that can.")
@@ -137,6 +137,12 @@ def identity(model: Any) -> dict[str, Any]:
         hashes["code of the memory rule"] = files.sha256(Path(code).expanduser())
     config = json.loads(model.config.to_json())
     return {"name": config.pop("name"), "hashes": hashes, "config": config}
+
+
+def _path(path: str | Path) -> Path:
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r} is no name of a file: name another.")
+    return Path(path).expanduser()
 
 
 def _name(place: Sequence[Any]) -> str:
@@ -170,7 +176,7 @@ def load(path: str | Path, model: Any, *, verify: bool = True) -> Memory:
 
     from gemma_jax.model.state import default_device, init_state
 
-    path = Path(path).expanduser()
+    path = _path(path)
     content, arrays = _read(path, verify)
     try:
         require_same(path, content["model"], identity(model))
@@ -220,7 +226,7 @@ def describe(path: str | Path, *, verify: bool = True) -> dict[str, Any]:
     Raises:
         InputError, CorruptError: as `load`.
     """
-    path = Path(path).expanduser()
+    path = _path(path)
     try:
         with open(path, "rb") as stream:
             head = _head(stream)

@@ -115,6 +115,10 @@ class Documents:
         skip = character - mark.character
         return Position((*self._read[: mark.source], begun), skip, _sha256(mark.text[:skip]))
 
+    def share_read(self) -> float | None:
+        """Which share of everything has been read (0 to 1), if that is known."""
+        return min(1.0, self.bytes_read / self.total_bytes) if self.total_bytes else None
+
     @property
     def sources(self) -> tuple[Source, ...]:
         """The sources that were read to their end."""

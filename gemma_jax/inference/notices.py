@@ -89,6 +89,23 @@ def loaded(path: Any, memory: Any) -> str:
     return f"{memory.tokens} tokens were read before ({names or 'from Python'}; {path})"
 
 
+def conversation(config: GemmaConfig, chat: Any) -> str:
+    """How much was said, how fast, and what it takes."""
+    from gemma_jax.model.state import state_bytes
+
+    last = chat.last
+    return (
+        f"{chat.turns} answers, {chat.memory.tokens} tokens in a State of {size(state_bytes(config))};"
+        f" last: read {last.read}{_speed(last.read_per_second)},"
+        f" wrote {last.written}{_speed(last.written_per_second)}"
+    )
+
+
+def batch(answered: int, failed: int) -> str:
+    """The closing line of many prompts."""
+    return f"{answered} prompts answered" + (f", {failed} could not be" if failed else "")
+
+
 def converted(conversion: Any, dest: str) -> Iterator[str]:
     """What a conversion did, line by line."""
     config = conversion.config

@@ -41,6 +41,12 @@ def _reading(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--template", action="store_true", help="make it one user turn of the chat template"
     )
+    group.add_argument("--chat", action="store_true", help="a conversation in the terminal")
+    group.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="many prompts, a JSON string or object a line; '-': from standard input",
+    )
     group.add_argument(
         "--encoding-errors", choices=("strict", "replace"), default="strict", help="bytes not UTF-8"
     )
@@ -126,13 +132,30 @@ def _saying(group: argparse._ArgumentGroup) -> None:
 
 def _conflict(options: argparse.Namespace) -> str | None:
     """What is wrong with the options taken together."""
+    asked = [
+        name
+        for name, given in (
+            ("--prompt", options.prompt is not None),
+            ("--prompts", options.prompts is not None),
+            ("--chat", options.chat),
+        )
+        if given
+    ]
+    if len(asked) > 1:
+        return f"{' and '.join(asked)} do not go together: choose one"
+    if options.chat and (options.json or options.template or "-" in options.context):
+        return "--chat does not go with --json, --template or --context -"
+    if options.prompts == "-" and "-" in options.context:
+        return "standard input ('-') is named more than once: it can be read only once"
     if options.resume is not None and options.load_memory is not None:
         return "--resume holds the memory that was loaded: leave --load-memory out"
-    if options.context or options.prompt is not None:
-        return None
-    if options.resume is not None:
+    if options.resume is not None and not options.context and options.prompt is None:
         return "--resume needs the same --context and --prompt again, of which it reads the rest"
-    if options.load_memory is None:
+    if (options.chat or options.prompts) and not options.context:
+        if options.save_memory or options.autosave:
+            return "--save-memory and --autosave keep what --context reads: name one"
+        return None
+    if not (options.context or asked or options.load_memory):
         return "there is nothing to read: give --prompt TEXT, --context FILE, or both"
     return None
 

@@ -119,7 +119,7 @@ class Answer(Iterator[str]):
     def _read(self) -> Reading:
         model, memory = self._model, self._memory
         options = {"template": self._template, "chunk_tokens": self._chunk_tokens}
-        meter = Meter(lambda: _share_read(self._source), self._on_progress)
+        meter = Meter(getattr(self._source, "share_read", lambda: None), self._on_progress)
         begin = 0 if memory is None else int(memory.state.length[0])
         if self._source is not None:
             memory = remember(
@@ -207,8 +207,6 @@ def generate(
         raise InputError("The text is empty: give some text.")
     if text is None and memory is None:
         raise InputError("There is nothing to read: give some text, or a memory.")
-    if temperature is None:
-        temperature = 0.0 if top_k is top_p is min_p is None else 1.0
     return Answer(
         model,
         text,
@@ -232,10 +230,3 @@ def peak_memory_bytes() -> int | None:
         (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
     ]
     return max((peak for peak in peaks if peak is not None), default=None)
-
-
-def _share_read(text: str | Iterable[str] | None) -> float | None:
-    if isinstance(text, str):
-        return None  # known when all of it is tokenised, which is soon
-    total, read_bytes = getattr(text, "total_bytes", None), getattr(text, "bytes_read", None)
-    return min(1.0, read_bytes / total) if total and read_bytes is not None else None

@@ -124,7 +124,7 @@ def recall(
     Raises:
         InputError, UsageError: as `remember`.
     """
-    if memory.place in (Place.START, Place.ANSWER) and text is None:
+    if memory.place not in (Place.TEXT, Place.TURN) and text is None:
         raise InputError("There is nothing to read: give some text.")
     stream = _Stream(model, text, memory, template)
     ids = (some for some in stream.all_ids() if some)
@@ -243,7 +243,7 @@ class _Stream:
 
 def _turn(model: Any, memory: Memory, template: bool) -> Turn | None:
     """What surrounds the text; a conversation that has begun goes on."""
-    if not (template or memory.place in (Place.TURN, Place.ANSWER)):
+    if not template and memory.place in (Place.START, Place.TEXT):
         return None
     return text_lib.user_turn(model.tokenizer, model.config.bos_id)
 

@@ -87,6 +87,10 @@ class Autosave:
                 f"  {command_to_go_on(sys.argv, self.path)}"
             )
 
+    def remove(self) -> None:
+        """Removes what was saved, when all is read and answered."""
+        self.path.unlink(missing_ok=True)
+
     def _interrupt(self, number: int, frame: Any) -> None:
         if self.interrupted:
             os._exit(INTERRUPTED)

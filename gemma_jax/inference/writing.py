@@ -39,8 +39,7 @@ def write(
     """
     block_tokens = block_tokens or default_block_tokens()
     logits, state, key = reading.logits, reading.state, jax.random.key(seed)
-    if not _all_finite(logits):
-        raise GemmaError(_not_finite(reading.tokens))
+    require_finite(reading)
     written = given = 0
     in_flight: collections.deque[Any] = collections.deque()
     while written < max_new_tokens:
@@ -70,6 +69,12 @@ def write(
             return
         if not finite:
             raise GemmaError(_not_finite(reading.tokens + written))
+
+
+def require_finite(reading: Reading) -> None:
+    """Raises `GemmaError` when what comes next cannot be drawn."""
+    if not _all_finite(reading.logits):
+        raise GemmaError(_not_finite(reading.tokens))
 
 
 def default_block_tokens() -> int:
