@@ -232,7 +232,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         data = (path / MANIFEST).read_bytes()
         manifest = json.loads(data)
         sealed = manifest.pop(SEAL, None)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable_manifest(path, error) from error
     if sealed is not None and not files.is_sealed(data):
         raise CorruptError(

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import math
 import os
 import sys
@@ -148,6 +149,8 @@ def run_command(command: Callable[[], None], *, debug: bool = False) -> int:
 
     A reader that closes the output pipe has what it wanted: that ends quietly, with 0.
     """
+    if not debug:  # Orbax logs a traceback before it raises
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # closed by the caller
     if hasattr(sys.stdout, "reconfigure"):
@@ -188,6 +191,8 @@ def as_gemma_error(error: Exception) -> GemmaError:
     if isinstance(error, OSError):
         reason = error.strerror or next(iter(str(error).splitlines()), type(error).__name__)
         return InputError(f"{error.filename or 'A file'} cannot be read or written ({reason}).")
+    if "No space left on device" in str(error):  # said by a library, in an error of its own
+        return InputError("The disk is full: free some of it, or choose another place.")
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return OutOfMemoryError(
             "Out of memory: the weights, the State and one piece of text do not fit; use a"
