@@ -73,7 +73,7 @@ def load(options: argparse.Namespace, console: Any) -> Any:
     if options.model is None:
         console.warning(notices.RANDOM_MODEL)
     path = options.model or demo.checkpoint()
-    recorded = store.read_config(path)
+    recorded = store.read_config(path, memory=options.memory, adapter=options.adapter)
     changes = {"rule": options.memory, "segment_length": options.segment_length}
     config = recorded.with_memory(
         **{name: value for name, value in changes.items() if value is not None}
@@ -85,6 +85,7 @@ def load(options: argparse.Namespace, console: Any) -> Any:
         memory=options.memory,
         segment_length=options.segment_length,
         verify=not options.no_verify,
+        adapter=options.adapter,
     )
 
 
@@ -163,6 +164,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--memory", metavar="RULE", help="off, linear, delta, gated_delta, or FILE.py:CLASS"
     )
     group.add_argument("--segment-length", metavar="S", type=whole(1), help="tokens per segment")
+    group.add_argument(
+        "--adapter", metavar="DIR", help="what `python -m gemma_jax.train` taught this --model"
+    )
 
     group = parser.add_argument_group("what is said about it")
     group.add_argument(

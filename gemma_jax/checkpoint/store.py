@@ -47,22 +47,36 @@ class Model:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_config(path: str | Path) -> GemmaConfig:
+def read_config(
+    path: str | Path, *, memory: str | None = None, adapter: str | Path | None = None
+) -> GemmaConfig:
     """The configuration of a checkpoint, without loading it.
 
+    Args:
+        memory: the rule that is asked for; only by it can code be named.
+        adapter: the directory of an adapter, whose memory settings replace the recorded ones.
+
     Raises:
-        InputError: `path` is no checkpoint.
-        CorruptError: the file is not the one that was written.
+        InputError: `path` is no checkpoint, or it names code that `memory` does not.
+        CorruptError: a file is not the one that was written.
     """
     path = _directory(path)
     check(path, only=CONFIG)
     config = GemmaConfig.from_json((path / CONFIG).read_text(encoding="utf-8"))
-    if ":" in config.memory.rule:
+    if adapter is not None:
+        from gemma_jax.checkpoint import adapter as adapters
+
+        path = absolute(adapter)
+        config = dataclasses.replace(config, memory=adapters.read(path, with_params=False).memory)
+    recorded, colon, kind = config.memory.rule.rpartition(":")
+    if not colon:
+        return config
+    if memory is None or memory.rpartition(":")[1:] != (":", kind):
         raise InputError(
-            f"{path / CONFIG} names code as its memory rule ({config.memory.rule}): refused. Name"
+            f"{path} names code as its memory rule ({config.memory.rule}): refused. Name"
             " the file yourself with --memory if you trust it."
         )
-    return config
+    return config.with_memory(rule=memory)
 
 
 def load(
@@ -72,6 +86,7 @@ def load(
     segment_length: int | None = None,
     dtype: str | None = None,
     verify: bool = True,
+    adapter: str | Path | None = None,
 ) -> Model:
     """Loads a checkpoint that `convert_weights.py` wrote.
 
@@ -82,28 +97,34 @@ def load(
         segment_length: S, in tokens, if it is not to be the recorded one.
         dtype: "bfloat16" or "float32" for weights and activations; as recorded by default.
         verify: compare the files with the manifest's hashes (sizes always are).
+        adapter: the directory of an adapter that was trained for this model.
 
     Raises:
-        InputError: there is no checkpoint at `path`.
+        InputError: there is no checkpoint at `path`, or the adapter is of another model.
         CorruptError: its files are not those that were written.
         UsageError: an argument is out of range.
     """
     import jax
 
+    from gemma_jax.checkpoint import adapter as adapters
     from gemma_jax.model.transformer import abstract_params, init_memory_params
     from gemma_jax.text import load_tokenizer
 
     path = _directory(path)
-    recorded = read_config(path)
+    trained = None if adapter is None else adapters.read(adapter)
+    recorded = read_config(path, memory=memory, adapter=adapter)
     config = dataclasses.replace(recorded, dtype=dtype or recorded.dtype)
     if memory is not None:
         config = config.with_memory(rule=memory)
     if segment_length is not None:
         config = config.with_memory(segment_length=segment_length)
     check(path, hashes=verify)
+    base = recorded if trained is None else read_config(path, memory=memory)
     params = load_params(
-        path / PARAMS, abstract_params(dataclasses.replace(recorded, dtype=config.dtype))
+        path / PARAMS, abstract_params(dataclasses.replace(base, dtype=config.dtype))
     )
+    if trained is not None:
+        params = adapters.apply(trained, config, params)
     if config.memory.rule != recorded.memory.rule:
         _replace_memory(params, init_memory_params(config, jax.random.key(0)))
     return Model(config, params, load_tokenizer(path), path)
@@ -154,8 +175,14 @@ def _replace_memory(params: dict[str, Any], fresh: dict[str, Any]) -> None:
         params[name]["attention"] |= layer["attention"]
 
 
-def check(path: Path, *, hashes: bool = True, only: str | None = None) -> None:
-    """Compares a checkpoint's files (or one of them) with its manifest.
+def check(
+    path: Path,
+    *,
+    hashes: bool = True,
+    only: str | None = None,
+    remedy: str = "convert the model again",
+) -> None:
+    """Compares a checkpoint's files (or one of them) with its manifest; `remedy` ends what is said.
 
     Raises:
         CorruptError: a file is missing, of another size, or (with `hashes`) of other content.
@@ -165,23 +192,21 @@ def check(path: Path, *, hashes: bool = True, only: str | None = None) -> None:
         names = manifest if only is None else [only]
         files = {name: (manifest[name]["size"], manifest[name]["sha256"]) for name in names}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptError(
-            f"{path / MANIFEST} cannot be read ({error}): convert the model again."
-        ) from error
+        raise CorruptError(f"{path / MANIFEST} cannot be read ({error}): {remedy}.") from error
     for name, (expected, _) in files.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
         if size != expected:
             found = "is missing" if size is None else f"has {size} bytes, not {expected}"
-            raise CorruptError(f"{file} {found}: convert the model again, or copy it again.")
+            raise CorruptError(f"{file} {found}: {remedy}, or copy it again.")
     if hashes:
         with ThreadPoolExecutor(HASH_THREADS) as pool:
             found = pool.map(lambda name: _sha256(path / name), files)
             for (name, (_, expected)), digest in zip(files.items(), found, strict=True):
                 if digest != expected:
                     raise CorruptError(
-                        f"{path / name} is damaged (its SHA-256 is not the recorded one): convert"
-                        " the model again, or copy it again."
+                        f"{path / name} is damaged (its SHA-256 is not the recorded one): {remedy},"
+                        " or copy it again."
                     )
 
 

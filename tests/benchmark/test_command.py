@@ -259,4 +259,4 @@ def test_dense_work_of_a_token():
 
 @pytest.mark.parametrize("text, number", [("10M", 10_000_000), ("8K", 8192), ("700", 700)])
 def test_counts(text, number):
-    assert command.count(text) == number
+    assert count(text) == number
