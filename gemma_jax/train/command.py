@@ -103,7 +103,8 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("--probe-lengths measures recall of tasks: name one in --data.")
     if options.overwrite and options.resume:
         raise UsageError("--overwrite begins again, and --resume goes on: choose one of them.")
-    result.require_place(Path(options.output).expanduser().absolute(), options.overwrite)
+    replaces = options.overwrite or options.resume
+    result.require_place(Path(options.output).expanduser().absolute(), replaces)
 
 
 def matches(pattern: str) -> list[Path]:

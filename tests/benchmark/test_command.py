@@ -10,6 +10,7 @@ from gemma_jax import PRESETS, demo
 from gemma_jax.benchmark import command, device, files, peer, records, running
 from gemma_jax.checkpoint import store
 from gemma_jax.errors import GemmaError, InputError, UsageError
+from gemma_jax.inference.console import count
 
 NAME = "random_tiny_gemma"
 
