@@ -101,20 +101,30 @@ def encode_stream(tokenizer: Any, pieces: Iterable[str]) -> Iterator[list[int]]:
         else ["".join(pieces)]
     )
     for batch in _batched(parts, PARTS_PER_BATCH):
-        try:
-            encodings = encoder.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        except (UnicodeEncodeError, TypeError) as error:
-            raise InputError(
-                f"The text has code points that are not characters ({error})."
-            ) from error
-        for encoding in encodings:
-            if encoding.ids:
-                yield encoding.ids
+        for ids in encode_batch(tokenizer, batch):
+            if ids:
+                yield ids
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, without BOS; control tokens in it are plain text."""
     return list(itertools.chain.from_iterable(encode_stream(tokenizer, [text])))
+
+
+def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each of many texts, as `encode` gives them; each is tokenised for itself, on all
+    of the tokenizer's threads.
+
+    Raises:
+        InputError: a text has code points that are not characters (lone surrogates).
+    """
+    try:
+        encodings = _encoder(tokenizer).tokenizer.encode_batch_fast(
+            list(texts), add_special_tokens=False
+        )
+    except (UnicodeEncodeError, TypeError) as error:
+        raise InputError(f"The text has code points that are not characters ({error}).") from error
+    return [encoding.ids for encoding in encodings]
 
 
 def encode_prompt(
