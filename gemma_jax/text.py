@@ -118,13 +118,7 @@ def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     Raises:
         InputError: a text has code points that are not characters (lone surrogates).
     """
-    try:
-        encodings = _encoder(tokenizer).tokenizer.encode_batch_fast(
-            list(texts), add_special_tokens=False
-        )
-    except (UnicodeEncodeError, TypeError) as error:
-        raise InputError(f"The text has code points that are not characters ({error}).") from error
-    return [encoding.ids for encoding in encodings]
+    return batch_encoder(tokenizer)(texts)
 
 
 def encode_prompt(
@@ -146,7 +140,7 @@ def encode_prompt(
 
 @dataclasses.dataclass(frozen=True)
 class BatchEncoder:
-    """Ids of each of some texts, without BOS; another process can be given it.
+    """`encode_batch` of one tokenizer; other processes can be given it.
 
     Attributes:
         tokenizer: a `tokenizers.Tokenizer` that reads control tokens as text.
@@ -155,12 +149,17 @@ class BatchEncoder:
     tokenizer: Any
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InputError(
+                f"The text has code points that are not characters ({error})."
+            ) from error
         return [encoding.ids for encoding in encodings]
 
 
 def batch_encoder(tokenizer: Any) -> BatchEncoder:
-    """Encodes many short texts at once; each as if it were alone."""
+    """Encodes with this tokenizer."""
     return BatchEncoder(_encoder(tokenizer).tokenizer)
 
 

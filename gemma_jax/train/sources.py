@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma_jax import tasks
 from gemma_jax.errors import UsageError
-from gemma_jax.tasks.base import Episode, Question, Task
+from gemma_jax.tasks.base import Episode, Task
 from gemma_jax.text import BatchEncoder
 from gemma_jax.train.corpus import Haystack, RecordBook, Records, Text
 
@@ -115,17 +115,10 @@ class TaskSource:
     def task(self) -> Task:
         return tasks.make(self.name, forms=self.forms, keys=self.keys)
 
-    @functools.cached_property
+    @property
     def most_questions(self) -> int:
         """About one text."""
-        count = MOST_QUESTIONS
-        while count > 1:
-            try:
-                self.task.episode(0, np.linspace(0, 1, count).tolist())
-                return count
-            except UsageError:
-                count //= 2
-        return 1
+        return self.task.most_questions or MOST_QUESTIONS
 
     def row(self, rng: np.random.Generator, length: int) -> Row:
         wanted = max(1, round(self.density * length / 1000 * rng.uniform(0.5, 1.5)))
@@ -209,7 +202,7 @@ class _Items:
         facts, asked = self._episode.facts, self._episode.questions
         texts = [self._episode.opening, *(fact.text for fact in facts)]
         texts += [question.text for question in asked]
-        texts += [answer_text(question) for question in asked]
+        texts += [question.reply for question in asked]
         ids = source.encode(texts)
         self.opening = ids[0]
         questions_at, answers_at = 1 + len(facts), 1 + len(facts) + len(asked)
@@ -236,11 +229,6 @@ class _Items:
         if asked:
             asked[int(rng.integers(len(asked)))] = room
         return np.concatenate([facts, np.array(asked)])
-
-
-def answer_text(question: Question) -> str:
-    """An answer as it is taught: all references, and a full stop that says they are all."""
-    return " " + ", ".join(question.answers) + "."
 
 
 def _at_sentence(starts: np.ndarray, place: int, low: int) -> int:
