@@ -140,9 +140,8 @@ class Run:
         self._carries = mixture.carried_rows > 0
         self._empty = _empty_memories(config, 1)
         carried = _empty_memories(config, mixture.carried_rows) if self._carries else ()
-        self.progress = Progress(0, 0.0, 0, trained, jax.jit(optimizer.init)(trained), carried)
+        self.progress = Progress(0, 0.0, 0, [], trained, jax.jit(optimizer.init)(trained), carried)
         self._pending: collections.deque[tuple[int, HostBatch, float, Any]] = collections.deque()
-        self._seen: list[dict[str, Any]] = []
 
     @property
     def memory_layers(self) -> list[int]:
@@ -224,9 +223,20 @@ class Run:
         metrics = jax.device_get(metrics)
         if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])):
             raise GemmaError(self._not_finite(step, metrics))
-        self._seen.append(
-            metrics | {"rate": rate, "sequence_tokens": made.weights.shape[1], "step": step + 1}
-        )
+        tokens = float(metrics["answer_tokens"])
+        measured = {
+            "step": step + 1,
+            "learning_rate": rate * self._plan.learning_rate,
+            "sequence_tokens": made.weights.shape[1],
+            "answer_tokens": tokens,
+            "answer_loss": float(metrics["answer_loss"]) if tokens else 0.0,
+            "answer_accuracy": float(metrics["answer_accuracy"]) if tokens else 0.0,
+            **{name: float(metrics[name]) for name in ("loss", "gradient_norm")},
+        }
+        for name in ("written", "read"):
+            layers = zip(self.memory_layers, metrics.get(name, ()), strict=False)
+            measured |= {f"{name}_{i}": float(value) for i, value in layers}
+        self.progress.unlogged.append(measured)
 
     def _settle(self) -> None:
         """Looks at all steps in flight."""
@@ -254,16 +264,15 @@ class Run:
     def _finish_row(self, probe: bool) -> None:
         """A row of the log of the steps looked at since the last one."""
         measured = self._probe() if probe and self._probes else {}
-        if not (self._seen or measured):
+        steps, self.progress.unlogged = self.progress.unlogged, []
+        if not (steps or measured):
             return
         row: dict[str, float] = {
             "step": self.progress.step,
             "seconds": round(self.progress.seconds, 3),
             "tokens": self.progress.tokens,
         }
-        if self._seen:
-            row |= _summary(self._seen, self.memory_layers, self._plan.learning_rate)
-        self._seen = []
+        row |= _summary(steps) if steps else {}
         self._record.add(row | {f"recall_{name}": value for name, value in measured.items()})
 
     def _probe(self) -> dict[str, float]:
@@ -382,28 +391,19 @@ class Interruption:
         self.by = number
 
 
-def _summary(
-    seen: Sequence[Mapping[str, Any]], layers: Sequence[int], learning_rate: float
-) -> dict[str, float]:
+def _summary(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The numbers of a row, of several steps: means, and the last where it is a state."""
-    last = seen[-1]
-    counts = np.array([metrics["answer_tokens"] for metrics in seen])
-    row = {
-        "step": last["step"],
-        "loss": float(np.mean([metrics["loss"] for metrics in seen])),
-        "gradient_norm": float(np.mean([metrics["gradient_norm"] for metrics in seen])),
-        "learning_rate": last["rate"] * learning_rate,
-        "sequence_tokens": float(np.mean([metrics["sequence_tokens"] for metrics in seen])),
+    last = steps[-1]
+    row = {name: float(np.mean([step[name] for step in steps])) for name in last}
+    row |= {
+        name: value
+        for name, value in last.items()
+        if name in ("step", "learning_rate") or name.startswith("read_")
     }
-    if counts.sum():
-        for name in ("answer_loss", "answer_accuracy"):
-            values = np.array([np.nan_to_num(metrics[name]) for metrics in seen])
-            row[name] = float(np.sum(values * counts) / counts.sum())
-    if "written" in last:
-        written = np.mean([metrics["written"] for metrics in seen], axis=0)
-        row |= {f"written_{i}": float(share) for i, share in zip(layers, written, strict=True)}
-    if "read" in last:
-        row |= {f"read_{i}": float(gate) for i, gate in zip(layers, last["read"], strict=True)}
+    tokens = np.array([step["answer_tokens"] for step in steps])
+    for name in ("answer_loss", "answer_accuracy"):
+        values = np.array([step[name] for step in steps])
+        row[name] = float(np.sum(values * tokens) / tokens.sum()) if tokens.any() else math.nan
     return row
 
 

@@ -28,12 +28,14 @@ class Progress:
         step: steps done.
         seconds: used for them.
         tokens: read in them.
+        unlogged: what was measured in steps that are in no row of the log yet.
         trained, optimizer_state, carried: what the next step starts from.
     """
 
     step: int
     seconds: float
     tokens: int
+    unlogged: list[dict[str, float]]
     trained: Any
     optimizer_state: Any
     carried: Any
@@ -60,6 +62,7 @@ class Checkpoints:
                 "step": progress.step,
                 "seconds": progress.seconds,
                 "tokens": progress.tokens,
+                "unlogged": progress.unlogged,
                 "options": options,
             }
             (content / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
@@ -129,6 +132,7 @@ def _from_tree(tree: dict[str, Any], like: Progress, description: dict[str, Any]
         description["step"],
         description["seconds"],
         description["tokens"],
+        description["unlogged"],
         tree["trained"],
         part("optimizer", like.optimizer_state),
         part("carried", like.carried),

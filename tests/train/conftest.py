@@ -16,11 +16,13 @@ from gemma_jax.train import command as train_command
 from gemma_jax.train.corpus import tokenize_text
 
 SEGMENT = 16
-WORDS = "the of and to in that it is was for on are with as his they be at one have this from".split()
+WORDS = (
+    "the of and to in that it is was for on are with as his they be at one have this from".split()
+)
 
 
 class Digits(Task):
-    """Facts are digits among words; the last one is asked for, by a question mark."""
+    """A fact is a digit, written four times, among words; a question mark asks for it."""
 
     name = "digits"
     most_questions = None
@@ -29,7 +31,7 @@ class Digits(Task):
         rng = random.Random(seed)
         draft = Draft(self.name, seed)
         value = rng.choice("23456789")
-        draft.ask("?", [value], [draft.fact(value, depths[-1])], depths[-1])
+        draft.ask("?", [value], [draft.fact(4 * value, depths[-1])], depths[-1])
         return draft.episode()
 
 
@@ -51,7 +53,7 @@ def quick_compilation(compiled):
     inside = {
         "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(compiled),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
         "jax_disable_most_optimizations": True,
     }
     before = {name: jax.config.values[name] for name in inside}
@@ -63,12 +65,17 @@ def quick_compilation(compiled):
             yield
 
 
-@pytest.fixture(autouse=True)
-def tasks_with_digits(monkeypatch):
+def add_digits(monkeypatch):
+    """Makes `digits` one of the tasks."""
     make = tasks.make
     monkeypatch.setattr(
         tasks, "make", lambda name, **kinds: Digits() if name == "digits" else make(name, **kinds)
     )
+
+
+@pytest.fixture(autouse=True)
+def tasks_with_digits(monkeypatch):
+    add_digits(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +132,7 @@ def scratch(home):
     """Options that train the tiny model from scratch."""
     return [
         *("--config", home / "tiny.json", "--tokenizer", home),
-        *("--segments", 4, "--tokens-per-step", 1024, "--density", 30, "--language-weight", 0),
+        *("--segments", 4, "--tokens-per-step", 1024, "--density", 12, "--language-weight", 0),
         *("--learning-rate", 1e-2, "--memory-learning-rate", 3e-2, "--warmup", 20),
         *("--data-workers", 0, "--data", "task:digits", "--filler", home / "book.txt"),
     ]
