@@ -73,7 +73,7 @@ class Plan:
     stop_minutes: float | None = None
 
     def rate(self, step: int, done: float) -> float:
-        """What the learning rates are multiplied by, in a step at which this share is done."""
+        """The learning rate of a step at which this share of the budget is spent."""
         warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         done = min(done, 1.0)
         fall = {
@@ -81,7 +81,7 @@ class Plan:
             "linear": done,
             "constant": 0.0,
         }[self.schedule]
-        return warm * (1.0 - (1.0 - self.final_rate) * fall)
+        return self.learning_rate * warm * (1.0 - (1.0 - self.final_rate) * fall)
 
 
 class Run:
@@ -120,9 +120,10 @@ class Run:
         self._mixture, self._plan, self._directory = mixture, plan, directory
         self._checkpoints, self._options = checkpoints, options
         self._probes, self._workers, self._tell = probes, workers, tell
+        # The rates themselves are given to each step: other rates are the same compiled program.
         optimizer = make_optimizer(
-            plan.learning_rate,
-            plan.memory_learning_rate,
+            1.0,
+            plan.memory_learning_rate / plan.learning_rate,
             weight_decay=plan.weight_decay,
             clip_norm=plan.clip_norm,
             b1=plan.b1,
@@ -226,7 +227,7 @@ class Run:
         tokens = float(metrics["answer_tokens"])
         measured = {
             "step": step + 1,
-            "learning_rate": rate * self._plan.learning_rate,
+            "learning_rate": rate,
             "sequence_tokens": made.weights.shape[1],
             "answer_tokens": tokens,
             "answer_loss": float(metrics["answer_loss"]) if tokens else 0.0,
