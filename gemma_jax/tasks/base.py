@@ -11,6 +11,7 @@ tokenizers like Gemma's join a space to the word after it.
 
 import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -176,8 +177,8 @@ class Composition:
         self._room = tokens - len(self._opening) - sum(map(len, self._facts))
         if self._room < 0:
             raise UsageError(
-                f"{tokens} tokens are too few for {episode.task} with its {len(self._facts)} facts,"
-                f" which take {tokens - self._room}: choose a greater length."
+                f"{tokens} tokens are too few for {episode.task}: its facts alone take"
+                f" {tokens - self._room}, so choose a greater length or ask fewer questions."
             )
         self.tokens = self.repeated_tokens = 0
         self.ends: list[int] = []
@@ -196,7 +197,7 @@ class Composition:
             yield ids
         else:
             raise InputError("The haystack's filler ended: it must be without end.")
-        yield from self._facts_before(1.0)
+        yield from self._facts_before(math.inf)
 
     def _facts_before(self, depth: float) -> Iterator[list[int]]:
         facts = self._episode.facts

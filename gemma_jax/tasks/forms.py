@@ -273,3 +273,25 @@ RECALL = {
         facts=("\n{key} / {value}", "\n{key} => {value}"), questions=("\n\n{key} /", "\n\n{key} =>")
     ),
 }
+
+# Stories are told in bAbI's sentences; only how one asks differs.
+BABILONG = {
+    "classic": Forms(facts=(), questions=("\n\n{question} {lead}",)),
+    "train": Forms(
+        facts=(),
+        questions=(
+            "\n\nQuestion: {question}\nAnswer:",
+            "\n\nQ: {question}\nA: {lead}",
+            "\n\n{question} In one word:",
+            "\n\nAsk me anything. {question} {lead}",
+            "\n\nQuestion: {question}\nAnswer: {lead}",
+        ),
+    ),
+    "held_out": Forms(
+        facts=(),
+        questions=(
+            "\n\nHere is a question. {question} The answer is this. {lead}",
+            "\n\nPlease answer. {question} Answer in a word:",
+        ),
+    ),
+}

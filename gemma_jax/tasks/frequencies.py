@@ -7,13 +7,12 @@ of the list occurs at most `rare` times, so the answer does not depend on the le
 | task | asked for | how often they occur | others |
 |---|---|---|---|
 | `common_words` | the ten most common words | 30 times each | at most 3 times |
-| `frequent_words` | the three most frequent words | by Zipf's law: 120, 30, 13; then 7, 5, 3 | at most 2 times |
+| `frequent_words` | the three most frequent words | by Zipf's law: 120, 30, 13, 7, 5, 3 | at most twice |
 """
 
 import dataclasses
 import itertools
 import random
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from gemma_jax.errors import UsageError

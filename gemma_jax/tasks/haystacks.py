@@ -157,15 +157,21 @@ def _pieces(blocks: Iterable[str]) -> Iterator[str]:
     """Cuts a text; the last piece of what was read is held until it is known where it ends."""
     held = ""
     for block in blocks:
-        *pieces, held = _cut(held + block) or [""]
+        *pieces, held = _cut(held + block)
         yield from pieces
-    if held.strip():
+    if held := held.rstrip():
         yield held
 
 
 def _cut(text: str) -> list[str]:
-    paragraphs = _PARAGRAPH_END.split(text)
-    cut = [piece for paragraph in paragraphs for piece in _PIECE.findall(paragraph)]
-    # White space at the end belongs to the piece that is to come; of very much, little is kept.
-    blank = text[len(text.rstrip()) :][:_LONGEST]
-    return [*cut, blank] if blank else cut
+    """Pieces that join to the text, but for white space beyond any reason; the last may go on."""
+    body = text.rstrip()
+    paragraphs = _PARAGRAPH_END.split(body)
+    pieces = [_trim(piece) for paragraph in paragraphs for piece in _PIECE.findall(paragraph)]
+    blank = text[len(body) :][:_LONGEST]
+    return [*pieces[:-1], "".join([*pieces[-1:], blank])]
+
+
+def _trim(piece: str) -> str:
+    blank = len(piece) - len(piece.lstrip())
+    return piece[max(0, blank - _LONGEST) :]

@@ -72,7 +72,8 @@ class Needles(Task):
         kind, rng = self._kind, random.Random(f"{self.name}:{seed}")
         places = spread(depths, questions_per_depth, rng)
         count = len(places) * kind.keys_per_question + kind.extra_needles
-        keys = iter(words.take(self._key_stream(seed), count, "keys"))
+        spare = 1 if self._haystack == "needles" else 0  # of which there must be some
+        keys = iter(words.take(self._key_stream(seed), count + spare, "keys")[:count])
         values = self._values(rng)
         draft = Draft(self.name, seed, OPENING.format(kind=kind.values))
         for asked, depth in places:
@@ -80,11 +81,12 @@ class Needles(Task):
             needles = [
                 (key, next(values)) for key in asked_keys for _ in range(kind.values_per_key)
             ]
-            earlier = [rng.random() * depth for _ in needles[1:]]
-            where = rng.sample([*earlier, depth], len(needles))
+            wheres = [*sorted(rng.random() * depth for _ in needles[1:]), depth]
+            if kind.keys_per_question > 1:  # the answers' order is the question's, not the text's
+                rng.shuffle(wheres)
             facts = [
-                draft.fact(self._needle(rng, *needle), w)
-                for needle, w in zip(needles, where, strict=True)
+                draft.fact(self._needle(rng, *needle), where)
+                for needle, where in zip(needles, wheres, strict=True)
             ]
             question = rng.choice(self._questions).format(key=_listed(asked_keys), kind=kind.values)
             draft.ask(question, [value for _, value in needles], facts, asked)
@@ -106,8 +108,9 @@ class Needles(Task):
         of them were there."""
         rng = random.Random(f"{self.name}:{episode.seed}:distractors")
         values = self._values(rng)
+        used = len(episode.facts) // self._kind.values_per_key
         while True:
-            for key in itertools.islice(self._key_stream(episode.seed), len(episode.facts), None):
+            for key in itertools.islice(self._key_stream(episode.seed), used, None):
                 yield Piece(self._needle(rng, key, next(values)))
 
     def _needle(self, rng: random.Random, key: str, value: str) -> str:

@@ -69,11 +69,9 @@ _SYLLABLES = [c + v for c in _CONSONANTS for v in _VOWELS]
 CODED_WORD = f"(?:[{_CONSONANTS}][{_VOWELS}]){{4}}"  # as a regular expression
 
 
-def of_split(words: list[str], split: str) -> list[str]:
-    """The words for training (two thirds), those held out, or all."""
-    if split not in KEYS:
-        raise UsageError(f"There are no keys called {split!r}: choose {', '.join(KEYS)}.")
-    held_out = set(words[2::3])
+def of_split(words: list[str], split: str, every: int = 3) -> list[str]:
+    """The words for training, the held-out ones (the last of `every` so many), or all."""
+    held_out = set(words[every - 1 :: every])
     return [word for word in words if split == "all" or (word in held_out) == (split == "held_out")]
 
 
