@@ -262,7 +262,10 @@ def make_data(
     mixture.check()
     lengths = tuple(options.probe_lengths or ())
     asked = [source for source in made if isinstance(source, sources.TaskSource)] if lengths else []
-    return mixture, [Probe(source, lengths, options.probe_questions) for source in asked]
+    probes = [Probe(source, lengths, options.probe_questions) for source in asked]
+    for probe in probes:
+        probe.check()
+    return mixture, probes
 
 
 # --- the run --------------------------------------------------------------------------------------

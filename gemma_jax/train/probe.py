@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gemma_jax.config import GemmaConfig
+from gemma_jax.errors import UsageError
 from gemma_jax.train.sources import TaskSource
 
 SEED = 7_777_777  # apart from that of any training
@@ -32,6 +33,15 @@ class Probe:
     source: TaskSource
     lengths: tuple[int, ...]
     questions: int = 32
+
+    def check(self) -> None:
+        """Raises `UsageError` when a text is too short for a question."""
+        for length in self.lengths:
+            if length < self.source.shortest:
+                raise UsageError(
+                    f"A question of {self.source.name} takes {self.source.shortest} tokens: choose"
+                    f" --probe-lengths above {length}."
+                )
 
     def measure(self, params: Any, config: GemmaConfig) -> dict[str, float]:
         """Share of the questions answered, by `TASK_LENGTH`; the same questions each time."""

@@ -22,6 +22,7 @@ MOST_QUESTIONS = 64  # of an episode
 SHARE_OF_ITEMS = 0.7  # of a sequence at most; the rest is haystack
 NEAR = 0.25  # share of the questions asked within local attention's reach of their fact
 SEEDS = 2**31  # of episodes
+TRIES = 16  # to find an episode that is not too long
 
 
 @dataclasses.dataclass
@@ -107,9 +108,9 @@ class TaskSource:
 
     @property
     def shortest(self) -> int:
-        """Tokens of a sequence that surely has room for a question; sampled."""
-        items = [_Items(self, seed, [0.0]) for seed in range(16)]
-        return 1 + int(max(item.tokens for item in items) / SHARE_OF_ITEMS)
+        """Tokens of a sequence that has room for most questions; sampled."""
+        tokens = [_Items(self, seed, [0.0]).tokens for seed in range(TRIES)]
+        return 2 + int(np.median(tokens))
 
     @functools.cached_property
     def task(self) -> Task:
@@ -138,9 +139,9 @@ class TaskSource:
         self, rng: np.random.Generator, length: int, wanted: int, *, last: bool
     ) -> list[tuple[Any, bool]]:
         """One episode in exactly `length` tokens: pieces of ids, and whether they are an answer."""
-        seed = int(rng.integers(SEEDS))
-        depths = np.sort(rng.uniform(0, 1, wanted))
-        items = self._that_fit(seed, length, depths)
+        items = self._that_fit(rng, length, np.sort(rng.uniform(0, 1, wanted)))
+        if items is None:
+            return [(_haystack(self.texts).cut(rng, length)[0], False)]
         room = length - items.tokens
         tail = min(int(rng.integers(self.reach // 2 + 1)), room // 4) if last else 0
         places = items.places(rng, room - tail, self.reach)
@@ -159,9 +160,16 @@ class TaskSource:
         """A text [length] to be read once, and questions about it with their answers, as ids.
 
         What they take stands more than `beyond` tokens from the end, where the text is long enough.
+
+        Raises:
+            UsageError: the text is too short for a question.
         """
         depths = np.sort(rng.uniform(0, max(length - beyond, 0) / length or 1.0, questions))
-        items = self._that_fit(int(rng.integers(SEEDS)), length - 1, depths)
+        items = self._that_fit(rng, length - 1, depths)
+        if items is None:
+            raise UsageError(
+                f"{length} tokens are too few to ask about {self.name}: choose longer --probe-lengths."
+            )
         room = length - 1 - items.tokens_read
         hay, starts = _haystack(self.texts).cut(rng, room)
         parts: list[Any] = [[self.bos_id], items.opening]
@@ -172,19 +180,19 @@ class TaskSource:
             done = at
         return _joined([*parts, hay[done:]]), items.asked
 
-    def _that_fit(self, seed: int, length: int, depths: np.ndarray) -> "_Items":
-        """The items of an episode with at least one of the depths, as many as there is room for."""
-        while True:
-            items = _Items(self, seed, depths.tolist())
-            least = len(depths) == 1
-            if items.tokens <= (length if least else SHARE_OF_ITEMS * length):
+    def _that_fit(
+        self, rng: np.random.Generator, length: int, depths: np.ndarray
+    ) -> "_Items | None":
+        """The items of an episode with as many of the depths as there is room for; None: not one.
+
+        Episodes are of different lengths, so a few are tried.
+        """
+        for _ in range(TRIES):
+            items = _Items(self, int(rng.integers(SEEDS)), depths.tolist())
+            if items.tokens <= (length if len(depths) == 1 else SHARE_OF_ITEMS * length):
                 return items
-            if least:
-                raise UsageError(
-                    f"{length} tokens are too few for a question of {self.name}, which takes"
-                    f" {items.tokens}: choose longer --segments."
-                )
             depths = depths[::2]
+        return None
 
 
 class _Items:

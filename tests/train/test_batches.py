@@ -13,7 +13,7 @@ from gemma_jax.train import corpus, sources
 from gemma_jax.train.data import FRESH, Feeder, Mixture, choose_length, make_batch
 
 BOS = 2
-TASKS = ("passkey", "niah_multikey_1", "niah_multivalue", "variable_tracking")
+TASKS = ("passkey", "niah_multikey_1", "niah_multivalue", "variable_tracking", "babilong_qa3")
 
 
 @pytest.fixture
@@ -126,6 +126,17 @@ def test_more_questions_than_a_text_can_have_are_spread_over_several(make_task):
     assert source.most_questions < 8 * 16_384 / 1000
     row = source.row(np.random.default_rng(0), 16_384)
     assert np.sum(np.diff(row.answers.astype(int)) == 1) > source.most_questions
+
+
+def test_what_has_no_room_for_a_question_is_text(make_task, tokenizer):
+    source = make_task("babilong_qa3")
+    for length, asked in ((700, True), (100, False)):
+        rows = [source.row(np.random.default_rng(seed), length) for seed in range(6)]
+        assert all(len(row.ids) == length for row in rows)
+        assert {bool(row.answers.any()) for row in rows} == {asked}
+    assert source.shortest > 700  # as many stories are longer
+    with pytest.raises(UsageError, match="too few to ask about babilong_qa3"):
+        source.asked_at_the_end(np.random.default_rng(0), 100, 1, 0)
 
 
 def test_records_are_whole_and_their_answers_count(tmp_path, tokenizer):
