@@ -4,13 +4,12 @@ import dataclasses
 import random
 
 import jax
-import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from reference import tiny_config
+from teaching import add_digits
 
-from gemma_jax import demo, tasks
-from gemma_jax.tasks.base import Draft, Task
+from gemma_jax import demo
 from gemma_jax.text import load_tokenizer
 from gemma_jax.train import command as train_command
 from gemma_jax.train.corpus import tokenize_text
@@ -19,20 +18,6 @@ SEGMENT = 16
 WORDS = (
     "the of and to in that it is was for on are with as his they be at one have this from".split()
 )
-
-
-class Digits(Task):
-    """A fact is a digit, written four times, among words; a question mark asks for it."""
-
-    name = "digits"
-    most_questions = None
-
-    def episode(self, seed, depths, questions_per_depth=1):
-        rng = random.Random(seed)
-        draft = Draft(self.name, seed)
-        value = rng.choice("23456789")
-        draft.ask("?", [value], [draft.fact(4 * value, depths[-1])], depths[-1])
-        return draft.episode()
 
 
 @dataclasses.dataclass
@@ -63,14 +48,6 @@ def quick_compilation(compiled):
         compilation_cache.reset_cache()
         if settings is inside:
             yield
-
-
-def add_digits(monkeypatch):
-    """Makes `digits` one of the tasks."""
-    make = tasks.make
-    monkeypatch.setattr(
-        tasks, "make", lambda name, **kinds: Digits() if name == "digits" else make(name, **kinds)
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -136,10 +113,3 @@ def scratch(home):
         *("--learning-rate", 1e-2, "--memory-learning-rate", 3e-2, "--warmup", 20),
         *("--data-workers", 0, "--data", "task:digits", "--filler", home / "book.txt"),
     ]
-
-
-def equal_trees(one, other):
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return jax.tree.structure(one) == jax.tree.structure(other) and all(
-        np.array_equal(np.asarray(a), np.asarray(b)) for a, b in pairs
-    )

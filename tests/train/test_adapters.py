@@ -7,8 +7,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import equal_trees
 from reference import random_params
+from teaching import equal_trees
 
 import gemma_jax
 import run

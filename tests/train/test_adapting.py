@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import equal_trees
 from reference import random_params, random_tokens, tiny_config
+from teaching import equal_trees
 
 import gemma_jax
 from gemma_jax.model import adapting

@@ -134,7 +134,7 @@ def test_what_has_no_room_for_a_question_is_text(make_task, tokenizer):
         rows = [source.row(np.random.default_rng(seed), length) for seed in range(6)]
         assert all(len(row.ids) == length for row in rows)
         assert {bool(row.answers.any()) for row in rows} == {asked}
-    assert source.shortest > 700  # as many stories are longer
+    assert 100 < source.shortest < 700
     with pytest.raises(UsageError, match="too few to ask about babilong_qa3"):
         source.asked_at_the_end(np.random.default_rng(0), 100, 1, 0)
 

@@ -9,7 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from conftest import add_digits, equal_trees
+from teaching import add_digits, equal_trees
 
 import gemma_jax
 from gemma_jax.checkpoint import store
