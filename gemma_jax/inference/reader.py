@@ -7,10 +7,8 @@ State can come from elsewhere or be kept in between: `read` takes a stream of id
 
 import collections
 import dataclasses
-import queue
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,20 +18,17 @@ from gemma_jax import text as text_lib
 from gemma_jax.config import GemmaConfig
 from gemma_jax.errors import GemmaError, InputError, UsageError
 from gemma_jax.inference.decode import decode_block
+from gemma_jax.inference.pieces import PIECES_AHEAD, PIECES_IN_FLIGHT, ahead, pieces_of
 from gemma_jax.inference.prefill import default_chunk_tokens, prefill
 from gemma_jax.inference.progress import Progress, Rate, Tokenized
 from gemma_jax.inference.sampling import make_sampling
 from gemma_jax.inference.streaming import StopTexts, StreamDecoder
 from gemma_jax.model.state import State, init_state, state_bytes
 
-PIECES_AHEAD = 4  # pieces of ids that wait for the model; bounds what the tokenizer holds
-PIECES_IN_FLIGHT = 2  # pieces given to the device before the host waits for the oldest
 BLOCKS_IN_FLIGHT = 2  # blocks of tokens given to the device before the host looks at the oldest
 BLOCK_TOKENS = {"cpu": 1}  # tokens decoded between two looks at them: a CPU takes long for each
 DEFAULT_BLOCK_TOKENS = 8
 SEED_RANGE = 2**32
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +71,7 @@ def read(
     state = init_state(config, batch_size=1) if state is None else state
     chunk_tokens = chunk_tokens or default_chunk_tokens(config)
     tokenized = Tokenized(share_read)
-    pieces = _pieces(tokenized.count(ids), chunk_tokens, config.vocab_size)
+    pieces = pieces_of(tokenized.count(ids), chunk_tokens, config.vocab_size)
     rate, given, logits = Rate(), 0, None
     in_flight: collections.deque[tuple[int, jax.Array]] = collections.deque()
 
@@ -87,7 +82,7 @@ def read(
         if on_progress:
             on_progress(tokenized.progress(done, rate))
 
-    for piece, count in _ahead(pieces, PIECES_AHEAD):
+    for piece, count in ahead(pieces, PIECES_AHEAD):
         lengths = np.array([count], np.int32)
         logits, state = prefill(model.params, piece, state, config=config, lengths=lengths)
         given += count
@@ -372,65 +367,3 @@ def _share_read(text: str | Iterable[str]) -> float | None:
         return None  # known when all of it is tokenised, which is soon
     total, read_bytes = getattr(text, "total_bytes", None), getattr(text, "bytes_read", None)
     return min(1.0, read_bytes / total) if total and read_bytes is not None else None
-
-
-def _pieces(
-    ids: Iterable[Sequence[int]], size: int, vocab_size: int
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Pieces [1, size] int32, all of one shape (the last is padded with zeros), and how many ids
-    each holds.
-    """
-    piece, count = np.zeros((1, size), np.int32), 0
-    for some in ids:
-        some = np.asarray(some, np.int32)
-        if some.size and some.max() >= vocab_size:
-            raise InputError(
-                f"The tokenizer gives id {some.max()}, but the model's vocabulary has"
-                f" {vocab_size}: tokenizer and model do not belong together."
-            )
-        while some.size:
-            taken = min(some.size, size - count)
-            piece[0, count : count + taken] = some[:taken]
-            some, count = some[taken:], count + taken
-            if count == size:
-                yield piece, count
-                piece, count = np.zeros((1, size), np.int32), 0
-    if count:
-        yield piece, count
-
-
-def _ahead(items: Iterable[T], depth: int) -> Iterator[T]:
-    """The same items, produced by a thread that runs at most `depth` ahead and stops when nobody
-    asks any more.
-    """
-    results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: T | None, error: BaseException | None = None) -> None:
-        while not stopped.is_set():
-            try:
-                return results.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        try:
-            for item in items:
-                put(item)
-                if stopped.is_set():
-                    return
-            put(None, StopIteration())
-        except BaseException as error:
-            put(None, error)
-
-    threading.Thread(target=produce, name="gemma_jax tokenizer", daemon=True).start()
-    try:
-        while True:
-            item, error = results.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stopped.set()

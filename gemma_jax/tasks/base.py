@@ -19,7 +19,7 @@ from gemma_jax.errors import InputError, UsageError
 
 EncodeBatch = Callable[[Sequence[str]], list[list[int]]]
 
-BATCH_PIECES = 1024  # pieces of filler tokenised at once
+FIRST_PIECES, BATCH_PIECES = 32, 1024  # pieces of filler tokenised at once: few at first, then more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,9 @@ class Composition:
             yield ids
 
     def _encoded(self) -> Iterator[tuple[Piece, list[int]]]:
-        while pieces := list(itertools.islice(self._filler, BATCH_PIECES)):
+        size = FIRST_PIECES  # a short text needs few
+        while pieces := list(itertools.islice(self._filler, size)):
+            size = min(2 * size, BATCH_PIECES)
             texts = list(dict.fromkeys(piece.text for piece in pieces))  # filler may repeat itself
             ids = dict(zip(texts, self._encode(texts), strict=True))
             yield from ((piece, ids[piece.text]) for piece in pieces)

@@ -22,8 +22,9 @@ class Forms:
 
 PASSKEY = {
     "classic": Forms(
-        facts=(" Here is the {what}{of}: {value}. Do not forget it, {value} is the {what}{of}.",),
-        questions=("\n\nWhat is the {what}{of}? The {what}{of} is",),
+        # Gemma 3 270M, which was never told to answer questions, answers none that begin a paragraph.
+        facts=(" The {what}{of} is {value}. Do not forget that {value} is the {what}{of}.",),
+        questions=(" What is the {what}{of}? The {what}{of} is",),
         names=("pass key",),
     ),
     "train": Forms(

@@ -11,7 +11,7 @@ import pytest
 import gemma_jax
 from gemma_jax import demo, text
 from gemma_jax.errors import GemmaError, InputError, UsageError
-from gemma_jax.inference import reader
+from gemma_jax.inference import pieces, reader
 from gemma_jax.inference.progress import Progress, Rate, Tokenized
 from gemma_jax.inference.streaming import StreamDecoder
 
@@ -118,7 +118,7 @@ def test_the_tokenizers_thread_stays_a_little_ahead_and_ends_with_its_reader():
             taken += 1
             yield taken
 
-    ahead = reader._ahead(endless(), 4)
+    ahead = pieces.ahead(endless(), 4)
     assert next(ahead) == 1
     time.sleep(0.3)
     assert taken <= 8

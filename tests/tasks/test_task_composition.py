@@ -92,7 +92,7 @@ def test_one_question_is_exactly_at_its_depth_and_many_are_spread_about_it():
 
 # Change these only when trials are meant to change: recorded results are then about other texts.
 DIGESTS = {
-    "passkey": "da997401c55d6fb7",
+    "passkey": "4c0856c01f074642",
     "niah_single_1": "930d920171f2bdbd",
     "niah_single_2": "100610777598c4a8",
     "niah_single_3": "59d2322d1fb43257",
