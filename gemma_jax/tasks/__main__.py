@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from gemma_jax import tasks
-from gemma_jax.benchmark.command import count
-from gemma_jax.inference.console import ArgumentParser, leave, number, run_command
+from gemma_jax.inference.console import ArgumentParser, count, leave, number, run_command
 from gemma_jax.tasks import haystacks
 from gemma_jax.tasks.base import Composition, EncodeBatch
 from gemma_jax.tasks.forms import FORMS
