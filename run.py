@@ -149,7 +149,7 @@ def load(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
     if options.model is None:
         console.warning(notices.RANDOM_MODEL)
     path = options.model or demo.checkpoint()
-    recorded = store.read_config(path)
+    recorded = store.read_config(path, memory=options.memory, adapter=options.adapter)
     changes = {"rule": options.memory, "segment_length": options.segment_length}
     config = recorded.with_memory(
         **{name: value for name, value in changes.items() if value is not None}
@@ -161,6 +161,7 @@ def load(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
         memory=options.memory,
         segment_length=options.segment_length,
         verify=not options.no_verify,
+        adapter=options.adapter,
     )
     earlier = options.load_memory or options.resume
     if earlier is None:

@@ -9,13 +9,13 @@ from this module alone.
 import dataclasses
 import enum
 import itertools
-import json
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma_jax.cuts import safe_cuts
 from gemma_jax.errors import InputError, UsageError
 
 # Characters tokenised at once, and how many such parts go to the tokenizer's threads together
@@ -107,14 +107,7 @@ def encode_parts(tokenizer: Any, pieces: Iterable[str]) -> Iterator[tuple[str, l
         else ["".join(pieces)]
     )
     for batch in _batched(parts, PARTS_PER_BATCH):
-        try:
-            encodings = encoder.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        except (UnicodeEncodeError, TypeError) as error:
-            raise InputError(
-                f"The text has code points that are not characters ({error})."
-            ) from error
-        for part, encoding in zip(batch, encodings, strict=True):
-            yield part, encoding.ids
+        yield from zip(batch, encode_batch(tokenizer, batch), strict=True)
 
 
 def is_cut(tokenizer: Any) -> bool:
@@ -130,6 +123,41 @@ def encode_stream(tokenizer: Any, pieces: Iterable[str]) -> Iterator[list[int]]:
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, without BOS; control tokens in it are plain text."""
     return list(itertools.chain.from_iterable(encode_stream(tokenizer, [text])))
+
+
+def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each of many texts, as `encode` gives them; each is tokenised for itself, on all
+    of the tokenizer's threads.
+
+    Raises:
+        InputError: a text has code points that are not characters (lone surrogates).
+    """
+    return batch_encoder(tokenizer)(texts)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchEncoder:
+    """`encode_batch` of one tokenizer; other processes can be given it.
+
+    Attributes:
+        tokenizer: a `tokenizers.Tokenizer` that reads control tokens as text.
+    """
+
+    tokenizer: Any
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        try:
+            encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InputError(
+                f"The text has code points that are not characters ({error})."
+            ) from error
+        return [encoding.ids for encoding in encodings]
+
+
+def batch_encoder(tokenizer: Any) -> BatchEncoder:
+    """Encodes with this tokenizer."""
+    return BatchEncoder(_encoder(tokenizer).tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,88 +187,8 @@ def _encoder(tokenizer: Any) -> _Encoder:
             view.pre_tokenizer = backend.pre_tokenizer
         view.add_tokens([token for _, token in sorted(backend.get_added_tokens_decoder().items())])
         view.encode_special_tokens = True
-        _ENCODERS[tokenizer] = _Encoder(view, _safe_cuts(view))
+        _ENCODERS[tokenizer] = _Encoder(view, safe_cuts(view))
     return _ENCODERS[tokenizer]
-
-
-def _safe_cuts(view: Any) -> Callable[[str], bool] | None:
-    """Which pairs of adjacent characters a text may be cut between without changing its tokens.
-
-    BPE only ever joins neighbours into an entry of the vocabulary. Where no entry (and no added
-    token) contains the characters a, b side by side, nothing is joined across a|b, and the two
-    sides do not know of each other.
-    """
-    replace = _single_character_replacement(view.normalizer)
-    added = view.get_added_tokens_decoder().values()
-    if (
-        replace is None
-        or not _is_plain_bpe(view.model)
-        or not _splits_at_characters(view.pre_tokenizer)
-    ):
-        return None
-    if any(token.lstrip or token.rstrip or token.single_word for token in added):
-        return None  # such a token looks at the text around it
-    vocabulary = view.get_vocab(with_added_tokens=True)
-    joined = set()
-    for entry in itertools.chain(vocabulary, (replace(token.content) for token in added)):
-        joined.update(map(str.__add__, entry, entry[1:]))
-
-    def is_safe_cut(pair: str) -> bool:
-        seen = replace(pair)
-        # A character without an entry of its own becomes bytes or <unk>, which follow rules of
-        # their own.
-        return (
-            pair not in joined
-            and seen not in joined
-            and seen[0] in vocabulary
-            and seen[1] in vocabulary
-        )
-
-    return is_safe_cut
-
-
-def _is_plain_bpe(model: Any) -> bool:
-    import tokenizers
-
-    return isinstance(model, tokenizers.models.BPE) and not (
-        model.dropout
-        or model.ignore_merges
-        or model.continuing_subword_prefix
-        or model.end_of_word_suffix
-    )
-
-
-def _component(part: Any) -> dict[str, Any]:
-    return {} if part is None else json.loads(part.__getstate__())
-
-
-def _single_character_replacement(normalizer: Any) -> Callable[[str], str] | None:
-    """The normaliser as a function, if all it does is to replace characters one by one."""
-    component = _component(normalizer)
-    steps = component.get("normalizers", [component] if component else [])
-    replacements = [
-        (step.get("pattern", {}).get("String", ""), step.get("content", "")) for step in steps
-    ]
-    if any(step["type"] != "Replace" for step in steps) or any(
-        len(a) != 1 or len(b) != 1 for a, b in replacements
-    ):
-        return None
-
-    def replace(text: str) -> str:
-        for old, new in replacements:
-            text = text.replace(old, new)
-        return text
-
-    return replace
-
-
-def _splits_at_characters(pre_tokenizer: Any) -> bool:
-    """Whether the pre-tokenizer does nothing, or only splits at one given character."""
-    component = _component(pre_tokenizer)
-    pattern = component.get("pattern", {}).get("String", "")
-    return not component or (
-        component["type"] == "Split" and len(pattern) == 1 and not component["invert"]
-    )
 
 
 def _regroup(pieces: Iterable[str], size: int) -> Iterator[str]:

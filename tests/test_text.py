@@ -210,6 +210,19 @@ def test_lone_surrogates_are_refused_in_a_sentence():
         text.encode(tokenizer_of(gemma_like), "a\ud800b")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_texts_at_once_are_tokenised_each_for_itself(kind):
+    texts = ["", *CORPUS, " the whale", "<bos> the <end_of_turn>", "\n\n\n\nsea"]
+    batch = text.encode_batch(tokenizer_of(kind), texts)
+    assert batch == [whole(tokenizer_of(kind), content) for content in texts]
+    assert text.encode_batch(tokenizer_of(kind), []) == []
+
+
+def test_a_lone_surrogate_in_a_batch_is_refused_in_a_sentence():
+    with pytest.raises(InputError, match="not characters"):
+        text.encode_batch(tokenizer_of(gemma_like), ["fine", "a\ud800b"])
+
+
 def test_a_prompt_has_exactly_one_bos():
     tokenizer = tokenizer_of(gemma_like)
     ids = list(

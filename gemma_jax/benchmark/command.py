@@ -208,7 +208,7 @@ def compare(task: argparse.Namespace, ours: list[Record]) -> Iterator[Record]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command line."""
-    from gemma_jax.inference.console import ArgumentParser, number
+    from gemma_jax.inference.console import ArgumentParser, count, number
 
     whole = number(int)
     parser = ArgumentParser(
@@ -244,12 +244,3 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="FILE", help="adds records to this JSON file")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(arguments)
-
-
-def count(text: str) -> int:
-    """`10M` is ten million, `8K` is 8,192."""
-    scale = {"K": 1024, "M": 1_000_000}.get(text[-1:].upper(), 1)
-    number = int(float(text[: -1 if scale > 1 else None]) * scale)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be at least 1")
-    return number

@@ -8,9 +8,9 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gemma_jax.config import PRESETS, GemmaConfig
 from gemma_jax.errors import InputError
@@ -23,6 +23,7 @@ PLAIN_DEPTH, OTHER_DEPTH = 10_000_000, 4096
 PLAIN_MEMORY = {"transformer_xl": ("gated_delta", 1024), "segment": ("linear", 2048)}
 
 Figure = tuple[str, str, list[float]]  # name, unit, repeats
+R = TypeVar("R")  # a dataclass of records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,46 +75,56 @@ class Report:
 
 def make_record(name: str, unit: str, repeats: list[float]) -> Record:
     """A record of the median, made by this command on this device."""
-    import jax
-
     return Record(
         name=name,
         value=statistics.median(repeats),
         unit=unit,
-        command=command(),
-        device=jax.local_devices()[0].device_kind,
-        versions={package: importlib.metadata.version(package) for package in PACKAGES},
-        date=datetime.date.today().isoformat(),
         repeats=repeats,
+        **stamp(),
     )
 
 
-def command() -> str:
+def stamp(module: str = "gemma_jax.benchmark") -> dict[str, Any]:
+    """What every record says of where it comes from: command, device, versions and date."""
+    import jax
+
+    return {
+        "command": command(module),
+        "device": jax.local_devices()[0].device_kind,
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def command(module: str = "gemma_jax.benchmark") -> str:
     """The command line of this process."""
-    return shlex.join(["python", "-m", "gemma_jax.benchmark", *sys.argv[1:]])
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 
-def read(path: Path) -> list[Record]:
-    """The records of a file.
+def read(path: Path, kind: type[R] = Record) -> list[R]:
+    """The records of a file, all of one dataclass.
 
     Raises:
         InputError: it is missing, or holds something else.
     """
     try:
-        return [Record(**fields) for fields in json.loads(path.read_text())]
+        return [kind(**fields) for fields in json.loads(path.read_text())]
     except (ValueError, TypeError) as error:
-        raise InputError(
-            f"{path} holds no records of the benchmark ({error}): name another file."
-        ) from error
+        raise InputError(f"{path} holds no such records ({error}): name another file.") from error
 
 
-def append(path: Path, records: Iterable[Record]) -> None:
-    """Adds records to a file; those of the same name and command are replaced."""
+def append(path: Path, records: Iterable[R], same: Sequence[str] = ("name", "command")) -> None:
+    """Adds records to a file; those that agree with a new one in the fields of `same` are replaced."""
+
+    def place(record: R) -> tuple[Any, ...]:
+        return tuple(getattr(record, field) for field in same)
+
     new = list(records)
-    names = {(record.name, record.command) for record in new}
-    old = read(path) if path.exists() else []
-    kept = [record for record in old if (record.name, record.command) not in names]
-    path.write_text(json.dumps([dataclasses.asdict(r) for r in [*kept, *new]], indent=1) + "\n")
+    places = {place(record) for record in new}
+    old = read(path, type(new[0])) if new and path.exists() else []
+    kept = [record for record in old if place(record) not in places]
+    if new:
+        path.write_text(json.dumps([dataclasses.asdict(r) for r in [*kept, *new]], indent=1) + "\n")
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from gemma_jax.errors import CorruptError, GemmaError, InputError, UsageError
 CONFIG, MANIFEST, PARAMS, ORIGINAL = "config.json", "manifest.json", "params", "huggingface"
 SEAL = "seal"  # the manifest's entry for itself
 HASH_THREADS = 8
+REMEDY = "convert the model again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Model:
         params: nested dict of arrays, as `gemma_jax.abstract_params(config)` describes it.
         tokenizer: a fast Hugging Face tokenizer.
         path: where it was loaded from.
-        hashes: SHA-256 of its parts ("weights", "tokenizer"); a memory file belongs to these.
+        hashes: SHA-256 of its parts ("weights", "tokenizer", "adapter"); a memory file belongs to these.
     """
 
     config: GemmaConfig
@@ -52,22 +53,36 @@ class Model:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_config(path: str | Path) -> GemmaConfig:
+def read_config(
+    path: str | Path, *, memory: str | None = None, adapter: str | Path | None = None
+) -> GemmaConfig:
     """The configuration of a checkpoint, without loading it.
 
+    Args:
+        memory: the rule that is asked for; only by it can code be named.
+        adapter: the directory of an adapter, whose memory settings replace the recorded ones.
+
     Raises:
-        InputError: `path` is no checkpoint.
-        CorruptError: the file is not the one that was written.
+        InputError: `path` is no checkpoint, or it names code that `memory` does not.
+        CorruptError: a file is not the one that was written.
     """
     path = _directory(path)
     check(path, only=CONFIG)
     config = GemmaConfig.from_json((path / CONFIG).read_text(encoding="utf-8"))
-    if ":" in config.memory.rule:
+    if adapter is not None:
+        from gemma_jax.checkpoint import adapter as adapters
+
+        path = absolute(adapter)
+        config = dataclasses.replace(config, memory=adapters.read(path, with_params=False).memory)
+    recorded, colon, kind = config.memory.rule.rpartition(":")
+    if not colon:
+        return config
+    if memory is None or memory.rpartition(":")[1:] != (":", kind):
         raise InputError(
-            f"{path / CONFIG} names code as its memory rule ({config.memory.rule}): refused. Name"
+            f"{path} names code as its memory rule ({config.memory.rule}): refused. Name"
             " the file yourself with --memory if you trust it."
         )
-    return config
+    return config.with_memory(rule=memory)
 
 
 def load(
@@ -77,6 +92,7 @@ def load(
     segment_length: int | None = None,
     dtype: str | None = None,
     verify: bool = True,
+    adapter: str | Path | None = None,
 ) -> Model:
     """Loads a checkpoint that `convert_weights.py` wrote.
 
@@ -88,34 +104,43 @@ def load(
         dtype: "bfloat16" or "float32" for weights and activations; as recorded by default.
         verify: compare the files with the manifest's hashes (sizes always are), and look for
             weights that are not finite.
+        adapter: the directory of an adapter that was trained for this model.
 
     Raises:
-        InputError: there is no checkpoint at `path`.
+        InputError: there is no checkpoint at `path`, or the adapter is of another model.
         CorruptError: its files are not those that were written.
         GemmaError: with `verify`, weights that are not finite.
         UsageError: an argument is out of range.
     """
     import jax
 
+    from gemma_jax.checkpoint import adapter as adapters
     from gemma_jax.model.transformer import abstract_params, init_memory_params
     from gemma_jax.text import load_tokenizer
 
     path = _directory(path)
-    recorded = read_config(path)
+    trained = None if adapter is None else adapters.read(adapter)
+    recorded = read_config(path, memory=memory, adapter=adapter)
     config = dataclasses.replace(recorded, dtype=dtype or recorded.dtype)
     if memory is not None:
         config = config.with_memory(rule=memory)
     if segment_length is not None:
         config = config.with_memory(segment_length=segment_length)
     check(path, hashes=verify)
+    base = recorded if trained is None else read_config(path, memory=memory)
     params = load_params(
-        path / PARAMS, abstract_params(dataclasses.replace(recorded, dtype=config.dtype))
+        path / PARAMS, abstract_params(dataclasses.replace(base, dtype=config.dtype))
     )
+    if trained is not None:
+        params = adapters.apply(trained, config, params)
     if verify:
         require_finite(params)
     if config.memory.rule != recorded.memory.rule:
         _replace_memory(params, init_memory_params(config, jax.random.key(0)))
-    return Model(config, params, load_tokenizer(path), path, part_hashes(path))
+    hashes = part_hashes(path)
+    if adapter is not None:
+        hashes["adapter"] = _digest(read_manifest(absolute(adapter)))
+    return Model(config, params, load_tokenizer(path), path, hashes)
 
 
 def load_params(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -187,29 +212,35 @@ def _replace_memory(params: dict[str, Any], fresh: dict[str, Any]) -> None:
         params[name]["attention"] |= layer["attention"]
 
 
-def check(path: Path, *, hashes: bool = True, only: str | None = None) -> None:
-    """Compares a checkpoint's files (or one of them) with its manifest.
+def check(
+    path: Path,
+    *,
+    hashes: bool = True,
+    only: str | None = None,
+    remedy: str = REMEDY,
+) -> None:
+    """Compares a checkpoint's files (or one of them) with its manifest; `remedy` ends what is said.
 
     Raises:
         CorruptError: a file is missing, of another size, or (with `hashes`) of other content; or
             there is one that would be read and was not written with the others.
     """
-    manifest = read_manifest(path)
+    manifest = read_manifest(path, remedy=remedy)
     try:
         names = manifest if only is None else [only]
         wanted = {name: (manifest[name]["size"], manifest[name]["sha256"]) for name in names}
     except (TypeError, KeyError) as error:
-        raise _unreadable_manifest(path, error) from error
+        raise _unreadable_manifest(path, error, remedy) from error
     for name, (expected, _) in wanted.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
         if size != expected:
             found = "is missing" if size is None else f"has {size} bytes, not {expected}"
-            raise CorruptError(f"{file} {found}: convert the model again, or copy it again.")
+            raise CorruptError(f"{file} {found}: {remedy}, or copy it again.")
     if only is None and (foreign := [name for name in _read_files(path) if name not in wanted]):
         raise CorruptError(
-            f"{path / foreign[0]} does not belong to the checkpoint ({MANIFEST} does not name it):"
-            " remove it, or convert the model again."
+            f"{path / foreign[0]} does not belong to what was written ({MANIFEST} does not name it):"
+            f" remove it, or {remedy}."
         )
     if hashes:
         with ThreadPoolExecutor(HASH_THREADS) as pool:
@@ -217,13 +248,13 @@ def check(path: Path, *, hashes: bool = True, only: str | None = None) -> None:
             for (name, (_, expected)), digest in zip(wanted.items(), found, strict=True):
                 if digest != expected:
                     raise CorruptError(
-                        f"{path / name} is damaged (its SHA-256 is not the recorded one): convert"
-                        " the model again, or copy it again."
+                        f"{path / name} is damaged (its SHA-256 is not the recorded one): {remedy},"
+                        " or copy it again."
                     )
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of the files of a checkpoint, by name.
+def read_manifest(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
+    """Size and SHA-256 of the files of a checkpoint, by name; `remedy` ends what is said.
 
     Raises:
         CorruptError: it cannot be read, or is not as it was written.
@@ -233,17 +264,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(data)
         sealed = manifest.pop(SEAL, None)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise _unreadable_manifest(path, error) from error
+        raise _unreadable_manifest(path, error, remedy) from error
     if sealed is not None and not files.is_sealed(data):
         raise CorruptError(
-            f"{path / MANIFEST} is damaged (its SHA-256 is not the recorded one): convert the model"
-            " again, or copy it again."
+            f"{path / MANIFEST} is damaged (its SHA-256 is not the recorded one): {remedy}, or copy"
+            " it again."
         )
     return manifest
 
 
-def _unreadable_manifest(path: Path, error: Exception) -> CorruptError:
-    return CorruptError(f"{path / MANIFEST} cannot be read ({error}): convert the model again.")
+def _unreadable_manifest(path: Path, error: Exception, remedy: str) -> CorruptError:
+    return CorruptError(f"{path / MANIFEST} cannot be read ({error}): {remedy}.")
 
 
 def _read_files(path: Path) -> list[str]:
@@ -262,11 +293,14 @@ def part_hashes(path: Path) -> dict[str, str]:
         "tokenizer": [name for name in manifest if name in TOKENIZER_FILES],
     }
     return {
-        part: hashlib.sha256(
-            json.dumps([[name, manifest[name]["sha256"]] for name in sorted(names)]).encode()
-        ).hexdigest()
-        for part, names in parts.items()
+        part: _digest({name: manifest[name] for name in names}) for part, names in parts.items()
     }
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """One hash of all files of a manifest."""
+    hashes = [[name, manifest[name]["sha256"]] for name in sorted(manifest)]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def absolute(path: str | Path) -> Path:

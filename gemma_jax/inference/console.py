@@ -49,6 +49,15 @@ def number(kind: Callable[[str], Any]) -> Callable[..., Callable[[str], Any]]:
     return within
 
 
+def count(text: str) -> int:
+    """`10M` is ten million, `8K` is 8,192."""
+    scale = {"K": 1024, "M": 1_000_000}.get(text[-1:].upper(), 1)
+    number = int(float(text[: -1 if scale > 1 else None]) * scale)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be at least 1")
+    return number
+
+
 class Console:
     """Lines, warnings and a progress bar on standard error; with `quiet` only warnings."""
 
@@ -70,14 +79,18 @@ class Console:
             self._print(f"warning: {text}")
 
     def progress(self, progress: Progress) -> None:
-        """Shows how far the reading is: a bar in a terminal, a line now and then elsewhere."""
+        """Shows how far the reading is."""
+        self.show(describe(progress), progress.tokens, progress.total_tokens)
+
+    def show(self, what: str, done: int, total: int | None) -> None:
+        """Shows how far something is: a bar in a terminal, a line now and then elsewhere."""
         if self._quiet:
             return
         if sys.stderr is not None and sys.stderr.isatty():
-            self._show_bar(progress)
+            self._show_bar(what, done, total)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + PLAIN_INTERVAL_SECONDS
-            self._print(describe(progress))
+            self._print(what)
 
     def end_progress(self) -> None:
         """Removes the bar, before something else is written to the terminal."""
@@ -85,7 +98,7 @@ class Console:
             self._bar.stop()
             self._bar = None
 
-    def _show_bar(self, progress: Progress) -> None:
+    def _show_bar(self, what: str, done: int, total: int | None) -> None:
         from rich import progress as rich_progress
         from rich.console import Console as RichConsole
 
@@ -100,9 +113,9 @@ class Console:
             self._bar.start()
         self._bar.update(
             self._bar.task_ids[0],
-            completed=progress.tokens,
-            total=progress.total_tokens,
-            description=describe(progress),
+            completed=done,
+            total=total,
+            description=what,
         )
 
     def _print(self, text: str) -> None:

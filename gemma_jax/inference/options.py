@@ -99,6 +99,9 @@ def _remembering(group: argparse._ArgumentGroup) -> None:
         "--memory", metavar="RULE", help="off, linear, delta, gated_delta, or FILE.py:CLASS"
     )
     group.add_argument("--segment-length", metavar="S", type=WHOLE(1), help="tokens per segment")
+    group.add_argument(
+        "--adapter", metavar="DIR", help="what `python -m gemma_jax.train` taught this --model"
+    )
 
 
 def _keeping(group: argparse._ArgumentGroup) -> None:

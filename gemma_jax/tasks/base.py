@@ -11,13 +11,15 @@ tokenizers like Gemma's join a space to the word after it.
 
 import dataclasses
 import itertools
+import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from gemma_jax.errors import InputError, UsageError
 
 EncodeBatch = Callable[[Sequence[str]], list[list[int]]]
 
-BATCH_PIECES = 1024  # pieces of filler tokenised at once
+FIRST_PIECES, BATCH_PIECES = 32, 1024  # pieces of filler tokenised at once: few at first, then more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Question:
     facts: tuple[int, ...]  # which of the episode's facts it takes to answer
     depth: float  # where a grid shows it: the depth that was asked for
 
+    @property
+    def reply(self) -> str:
+        """The right answer as a model is to write it, with the space that it begins with."""
+        return f" {', '.join(self.answers)}."
+
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
@@ -63,10 +70,12 @@ class Task:
     Attributes:
         name: as the command line knows it.
         chance: accuracy of a reader that saw the question and knows the rules, but not the facts.
+        most_questions: how many one text may have; None: as many as there are different keys.
     """
 
     name: str
     chance: float = 0.0
+    most_questions: int | None = None
 
     def episode(self, seed: int, depths: Sequence[float], questions_per_depth: int = 1) -> Episode:
         """Plans a text with `questions_per_depth` questions about facts at each of `depths`.
@@ -85,6 +94,64 @@ class Task:
     def score(self, question: Question, answer: str) -> float:
         """0 to 1: the share of the references that the answer's first candidates give."""
         raise NotImplementedError
+
+
+class Draft:
+    """An episode that is being written; facts may come in any order."""
+
+    def __init__(self, task: str, seed: int, opening: str = ""):
+        self._task, self._seed, self._opening = task, seed, opening
+        self._facts: list[Fact] = []
+        self._questions: list[Question] = []
+
+    def fact(self, text: str, depth: float) -> int:
+        """Adds a fact and gives its number; of those at one depth the earlier added stands first."""
+        self._facts.append(Fact(text, depth))
+        return len(self._facts) - 1
+
+    def ask(self, text: str, answers: Iterable[str], facts: Iterable[int], depth: float) -> None:
+        """Adds a question; `facts` are numbers that `fact` gave."""
+        self._questions.append(Question(text, tuple(answers), tuple(facts), depth))
+
+    def episode(self) -> Episode:
+        """What was written, with the facts in the order of their depths."""
+        order = sorted(range(len(self._facts)), key=lambda number: self._facts[number].depth)
+        place = {number: index for index, number in enumerate(order)}
+        return Episode(
+            self._task,
+            self._seed,
+            self._opening,
+            tuple(self._facts[number] for number in order),
+            tuple(
+                dataclasses.replace(question, facts=tuple(place[n] for n in question.facts))
+                for question in self._questions
+            ),
+        )
+
+
+def spread(depths: Sequence[float], count: int, rng: random.Random) -> list[tuple[float, float]]:
+    """`count` depths about each of `depths`, as pairs (the depth asked for, the depth to use).
+
+    One is exactly where it was asked for. Several are spread over a band about it, at most 0.05 wide
+    and half as wide as the smallest gap to a neighbour, so that they do not stand in one heap.
+
+    Raises:
+        UsageError: a depth is not between 0 and 1, or there is nothing to ask.
+    """
+    if not depths or count < 1:
+        raise UsageError("There is nothing to ask: give at least one depth and one question.")
+    if any(not 0 <= depth <= 1 for depth in depths):
+        raise UsageError(f"Depths are {list(depths)}: they must be between 0 and 1.")
+    different = sorted(set(depths))
+    gaps = (after - before for before, after in itertools.pairwise(different))
+    width = min(0.05, 0.5 * min(gaps, default=1.0))
+    pairs = []
+    for depth in depths:
+        low = min(max(depth - width / 2, 0.0), 1.0 - width)
+        for index in range(count):
+            within = low + width * (index + rng.random()) / count
+            pairs.append((depth, depth if count == 1 else within))
+    return pairs
 
 
 class Composition:
@@ -110,8 +177,8 @@ class Composition:
         self._room = tokens - len(self._opening) - sum(map(len, self._facts))
         if self._room < 0:
             raise UsageError(
-                f"{tokens} tokens are too few for {episode.task} with its {len(self._facts)} facts,"
-                f" which take {tokens - self._room}: choose a greater length."
+                f"{tokens} tokens are too few for {episode.task}: its facts alone take"
+                f" {tokens - self._room}, so choose a greater length or ask fewer questions."
             )
         self.tokens = self.repeated_tokens = 0
         self.ends: list[int] = []
@@ -130,7 +197,7 @@ class Composition:
             yield ids
         else:
             raise InputError("The haystack's filler ended: it must be without end.")
-        yield from self._facts_before(1.0)
+        yield from self._facts_before(math.inf)
 
     def _facts_before(self, depth: float) -> Iterator[list[int]]:
         facts = self._episode.facts
@@ -141,5 +208,9 @@ class Composition:
             yield ids
 
     def _encoded(self) -> Iterator[tuple[Piece, list[int]]]:
-        while pieces := list(itertools.islice(self._filler, BATCH_PIECES)):
-            yield from zip(pieces, self._encode([p.text for p in pieces]), strict=True)
+        size = FIRST_PIECES  # a short text needs few
+        while pieces := list(itertools.islice(self._filler, size)):
+            size = min(2 * size, BATCH_PIECES)
+            texts = list(dict.fromkeys(piece.text for piece in pieces))  # filler may repeat itself
+            ids = dict(zip(texts, self._encode(texts), strict=True))
+            yield from ((piece, ids[piece.text]) for piece in pieces)

@@ -1,4 +1,4 @@
-"""What a model makes of a text: `python -m gemma_jax.evaluate --model M --text book.txt`.
+"""Perplexity by position: `python -m gemma_jax.evaluate --model M --text book.txt`.
 
 Perplexity by position, with local attention in the forms and lengths that are asked for, beside
 Hugging Face transformers with full attention. All compute in float32 unless told otherwise.
@@ -7,7 +7,6 @@ Hugging Face transformers with full attention. All compute in float32 unless tol
 import argparse
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,15 +17,6 @@ from gemma_jax.errors import InputError
 PIECE_TOKENS = 8192  # read at once
 LOGITS_TOKENS = 256  # turned into logits at once
 BIN_TOKENS = 5000  # of a row of the output
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
-    options = parse(arguments)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from gemma_jax.inference.console import run_command
-
-    return run_command(lambda: evaluate(options), debug=options.debug)
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -192,9 +182,3 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    from gemma_jax.inference.console import leave
-
-    leave(main())

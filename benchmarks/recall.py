@@ -1,0 +1,104 @@
+"""Makes `recall.md` and heatmaps of the records in `recall.json`: `python -m benchmarks.recall`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from gemma_jax.benchmark.records import read, slug
+from gemma_jax.evaluate import heatmap
+from gemma_jax.evaluate.report import FULL_ATTENTION, Recall
+
+Series = tuple[str, str, str, str]  # task, model, rule, wording
+HEAD = "| tokens | depth | accuracy | 95 % interval | trials (haystacks) | chance | memory off | repeated |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the page and its pictures beside the records."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "records", nargs="?", type=Path, default=Path(__file__).parent / "recall.json"
+    )
+    file = parser.parse_args(arguments).records
+    records = read(file, Recall)
+    pictures = file.parent / file.stem
+    (file.parent / f"{file.stem}.md").write_text(page(records, pictures), encoding="utf-8")
+
+
+def page(records: Sequence[Recall], pictures: Path) -> str:
+    """The page as Markdown, a section for each task, model, rule of memory and wording."""
+    lines = [
+        "# Recalled",
+        "",
+        f"Made from `{pictures.name}.json` by `python -m benchmarks.recall`. A cell marked ~ lies within"
+        " the reach of local attention, and *pooled* leaves those out; intervals are Wilson's, of as"
+        " many trials as questions about shared haystacks count for (docs/evaluate.md).",
+        "",
+    ]
+    for series, found in by_series(records).items():
+        lines += _section(series, found, pictures)
+    return "\n".join(lines)
+
+
+def by_series(records: Sequence[Recall]) -> dict[Series, list[Recall]]:
+    """The latest record of each cell, by what belongs in one table."""
+    latest: dict[Series, dict[tuple[int, float | None], Recall]] = {}
+    for record in records:
+        series = (record.task, record.model, record.rule, record.forms)
+        latest.setdefault(series, {})[record.tokens, record.depth] = record
+    return {
+        series: sorted(cells.values(), key=lambda r: (r.tokens, r.depth is None, r.depth))
+        for series, cells in sorted(latest.items())
+    }
+
+
+def _section(series: Series, records: list[Recall], pictures: Path) -> list[str]:
+    task, model, rule, forms = series
+    how = rule if rule == FULL_ATTENTION else f"memory {rule}"
+    wording = "" if forms == "classic" else f", {forms} wording"
+    lines = [f"## {task}: {model}, {how}{wording}", ""]
+    squares = [
+        heatmap.Square(r.tokens, r.depth, r.accuracy, r.within_reach)
+        for r in records
+        if r.depth is not None
+    ]
+    if squares:
+        pictures.mkdir(exist_ok=True)
+        name = f"{slug('_'.join(series))}.png"
+        title = f"{task}{wording}\n{model}, {how}"
+        heatmap.draw(pictures / name, title, records[0].chance, squares)
+        lines += [f"![accuracy by length and depth]({pictures.name}/{name})", ""]
+    lines += [HEAD, "|---:|---:|---:|---|---:|---:|---:|---:|"]
+    lines += [_row(record) for record in records]
+    for command in dict.fromkeys(record.command for record in records):
+        made = next(record for record in records if record.command == command)
+        versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
+        about = f"{made.device}, {made.date}, {versions}; seed {made.seed}"
+        if made.trials_sha256:
+            about += f", trials {made.trials_sha256[:16]}"
+        if made.read_tokens_per_second:
+            about += f"; read {made.read_tokens_per_second:,.0f} tokens/s"
+        if made.peak_bytes:
+            about += f", peak {made.peak_bytes / 1e9:.2f} GB"
+        lines += ["", "```", command, "```", "", about]
+    return [*lines, ""]
+
+
+def _row(record: Recall) -> str:
+    depth = "pooled" if record.depth is None else f"{100 * record.depth:g}%"
+    off = "" if record.baseline is None else f"{record.baseline:.3g}"
+    failed = f", {record.failed} failed" if record.failed else ""
+    cells = (
+        f"{record.tokens:,}",
+        depth,
+        f"{'~' if record.within_reach else ''}{record.accuracy:.3f}",
+        f"{record.low:.3f} to {record.high:.3f}",
+        f"{record.trials} ({record.haystacks}){failed}",
+        f"{record.chance:.2g}",
+        off,
+        f"{100 * record.repeated_share:.1f}%",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()

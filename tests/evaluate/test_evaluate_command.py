@@ -1,0 +1,390 @@
+"""The command end to end: the same trials always, nothing lost, and one sentence for what is wrong."""
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gemma_jax import PRESETS
+from gemma_jax.benchmark import records
+from gemma_jax.errors import OutOfMemoryError
+from gemma_jax.evaluate import command, peer
+from gemma_jax.evaluate.journal import JOURNAL
+from gemma_jax.evaluate.report import Recall
+from gemma_jax.evaluate.running import Reader
+
+GRID = ["--task", "passkey", "--lengths", "500,700", "--depths", "0,100", "--trials", "3"]
+SMALL = ["--segment-length", "64", "--batch-size", "3"]
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
+@dataclasses.dataclass
+class Finished:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def evaluate(capsys, monkeypatch):
+    """Runs the command in this process, as if it was typed."""
+
+    def call(*arguments) -> Finished:
+        arguments = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+        try:
+            code = command.main()
+        except SystemExit as exit_:
+            code = exit_.code
+        return Finished(code, *capsys.readouterr())
+
+    return call
+
+
+def rows(directory, setting="ours"):
+    with open(directory / "trials.csv", newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["setting"] == setting]
+
+
+def results(directory):
+    return json.loads((directory / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(sources, tmp_path_factory):
+    """A grid that was run without interruption."""
+    directory = tmp_path_factory.mktemp("whole")
+    arguments = ["--model", str(sources[1]), *GRID, *SMALL, "--output", str(directory)]
+    assert command.main([*arguments, "--record", str(directory / "recall.json")]) == 0
+    return directory
+
+
+def test_every_trial_is_in_the_table_the_files_and_the_records(whole, sources, evaluate, tmp_path):
+    result = evaluate("--model", sources[1], *GRID, *SMALL, "--output", tmp_path)
+    assert result.code == 0
+    found = rows(tmp_path)
+    assert len(found) == 12
+    for row in found:
+        length, read, distance = (int(row[k]) for k in ("tokens", "tokens_read", "distance"))
+        assert length - 100 < read <= length and 0 < distance < read
+        assert row["within_reach"] == str(distance < 3 * 64)  # two layers
+        assert row["correct"] == str(row["score"] == "1.0") and row["expected"].isdecimal()
+        assert row["failed"] == ""
+        assert 0 < float(row["repeated_share"]) < 1
+    content = results(tmp_path)
+    cells = {(c["tokens"], c["depth"]): c for c in content["cells"]}
+    for length in (500, 700):
+        assert cells[length, 0.0]["estimate"]["trials"] == 3
+        assert cells[length, 1.0]["within_reach"] and not cells[length, 0.0]["within_reach"]
+        assert cells[length, None]["estimate"] == cells[length, 0.0]["estimate"]  # the rest is near
+    assert content["trials_sha256"] in result.out and "chance 1.11e-05" in result.out
+    assert all(f"{length}" in result.out for length in (500, 700))
+    assert (tmp_path / "passkey_ours.png").read_bytes().startswith(b"\x89PNG")
+    assert "6 trials" not in result.err and "12 trials in 12 haystacks" in result.err
+    recalls = records.read(whole / "recall.json", Recall)
+    assert {(r.tokens, r.depth) for r in recalls} == set(cells)
+    assert {(r.model, r.rule, r.seed) for r in recalls} == {("random_tiny_gemma", "off", 0)}
+    assert {r.trials_sha256 for r in recalls} == {content["trials_sha256"]}  # the same twice
+
+
+def test_the_same_trials_whatever_the_model_and_its_batches_are(whole, evaluate, tmp_path):
+    """Random weights of another shape, one row at a time, with the same tokenizer."""
+    arguments = ["--batch-size", 5, "--segment-length", 32, "--memory", "gated_delta"]
+    subject = command.check(
+        command.parse(
+            [str(a) for a in ["--preset", "gemma-2b", *GRID, *arguments, "--output", tmp_path]]
+        )
+    )
+    found = [subject.grid.text(haystack) for haystack in subject.grid.haystacks]
+    hashes = []
+    for haystack, text in zip(subject.grid.haystacks, found, strict=True):
+        for _ in text:
+            pass
+        hashes.append(text.trial(haystack.asked[0])["text_sha256"])
+    assert hashes == [row["text_sha256"] for row in rows(whole)]
+
+
+def test_a_run_that_was_killed_goes_on_and_gives_the_same_files(whole, sources, evaluate, tmp_path):
+    arguments = ["--model", sources[1], *GRID, *SMALL, "--output", tmp_path]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gemma_jax.evaluate", *map(str, arguments)],
+        cwd=Path(command.__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        stderr=subprocess.DEVNULL,
+    )
+    journal, started = tmp_path / JOURNAL, time.monotonic()
+    while not (journal.exists() and journal.read_text().count("\n") > 1):
+        assert process.poll() is None and time.monotonic() - started < 200
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "trials.csv").exists()
+    before = journal.read_text()
+    assert evaluate(*arguments, "--resume").code == 0
+    assert journal.read_text().startswith(before[: before.rindex("\n")])
+    assert_same_files(whole, tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.65, 1.0])
+def test_whatever_was_finished_is_not_done_again(
+    whole, sources, evaluate, tmp_path, monkeypatch, share
+):
+    data = (whole / JOURNAL).read_bytes()
+    start = data.index(b"\n") + 1
+    (tmp_path / JOURNAL).write_bytes(data[: start + round((len(data) - start) * share)])
+    finished = (tmp_path / JOURNAL).read_bytes().count(b'"trial"')
+    asked, answer = [], Reader.answer
+
+    def counted(reader, state, questions, limits):
+        asked.extend(questions if limits != [1] else [])  # not those of the warm-up
+        return answer(reader, state, questions, limits)
+
+    monkeypatch.setattr(Reader, "answer", counted)
+    assert evaluate("--model", sources[1], *GRID, *SMALL, "--output", tmp_path).code == 0
+    assert_same_files(whole, tmp_path)
+    assert len(asked) <= 12 - (finished - 1) // 3 * 3
+
+
+def assert_same_files(whole, other):
+    assert (whole / "trials.csv").read_bytes() == (other / "trials.csv").read_bytes()
+    assert (whole / "passkey_ours.png").read_bytes() == (other / "passkey_ours.png").read_bytes()
+    first, second = results(whole), results(other)
+    for name in ("cells", "trials_sha256", "settings", "chances"):
+        assert first[name] == second[name]
+
+
+def test_an_interruption_ends_with_130_and_keeps_what_was_finished(
+    whole, sources, evaluate, tmp_path, monkeypatch
+):
+    arguments = ["--model", sources[1], *GRID, *SMALL, "--output", tmp_path]
+    read, calls = Reader.read, []
+
+    def interrupted(reader, *rest):
+        calls.append(rest)
+        if len(calls) == 4:  # the first one is the warm-up
+            raise KeyboardInterrupt
+        return read(reader, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "read", interrupted)
+        assert evaluate(*arguments).code == 130
+    assert (tmp_path / JOURNAL).read_text().count('"trial"') == 6
+    assert evaluate(*arguments).code == 0
+    assert_same_files(whole, tmp_path)
+
+
+def test_what_fails_is_reported_never_counted_and_tried_again(
+    whole, sources, evaluate, tmp_path, monkeypatch
+):
+    arguments = ["--model", sources[1], *GRID, *SMALL, "--output", tmp_path]
+    read, calls = Reader.read, []
+
+    def failing(reader, *rest):
+        calls.append(rest)
+        if len(calls) == 3:
+            raise OutOfMemoryError("no room")
+        return read(reader, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "read", failing)
+        result = evaluate(*arguments)
+    assert result.code == 1 and "error: 3 of 12 trials failed (no room)" in result.err
+    assert "3 failed" in result.out
+    failed = [row for row in rows(tmp_path) if row["failed"]]
+    assert [(row["score"], row["correct"], row["failed"]) for row in failed] == [
+        ("", "", "no room")
+    ] * 3
+    (cell,) = [c for c in results(tmp_path)["cells"] if c["failed"] and c["depth"] is not None]
+    assert cell["estimate"] is None and cell["failed"] == 3
+    assert evaluate(*arguments).code == 0
+    assert_same_files(whole, tmp_path)
+
+
+def test_the_baseline_is_the_model_with_memory_off_on_the_same_trials(
+    whole, sources, evaluate, tmp_path
+):
+    arguments = ["--memory", "linear", "--baseline", "--record", tmp_path / "recall.json"]
+    result = evaluate("--model", sources[1], *GRID, *SMALL, *arguments, "--output", tmp_path)
+    assert result.code == 0 and "memory linear" in result.out and "memory off" in result.out
+    off, plain = rows(tmp_path, "off"), rows(whole)
+    same = ("haystack", "answered", "score", "text_sha256", "distance")
+    assert [[row[k] for k in same] for row in off] == [[row[k] for k in same] for row in plain]
+    assert [row["text_sha256"] for row in rows(tmp_path)] == [row["text_sha256"] for row in off]
+    found = records.read(tmp_path / "recall.json", Recall)
+    assert {r.rule for r in found} == {"linear", "off"}
+    assert all((r.baseline is None) == (r.rule == "off") for r in found)
+
+
+def test_a_preset_has_random_weights_and_is_labelled_so(evaluate, tmp_path, monkeypatch):
+    changes = {"vocab_size": 1000, "width": 16, "mlp_dim": 24, "num_heads": 2, "head_dim": 8}
+    tiny = dataclasses.replace(PRESETS["gemma-2b"], layer_types=("global",), **changes)
+    monkeypatch.setitem(PRESETS, "gemma-2b", tiny)
+    arguments = ["--preset", "gemma-2b", "--memory", "gated_delta", "--dtype", "float32"]
+    arguments += ["--task", "passkey", "--lengths", "900", "--shared", "--questions", "4"]
+    arguments += ["--depths", "0,50", "--record", tmp_path / "recall.json"]
+    result = evaluate(*arguments, *SMALL, "--output", tmp_path)
+    assert (
+        result.code == 0 and "passkey, gemma-2b (random weights), memory gated_delta" in result.out
+    )
+    found = records.read(tmp_path / "recall.json", Recall)
+    (pooled,) = [record for record in found if record.depth is None]
+    assert pooled.model == "gemma-2b (random weights)" and pooled.haystacks == 1
+    assert (pooled.trials, pooled.accuracy) == (8, 0.0) and pooled.effective_trials < 8
+    assert pooled.state_bytes > 0 and pooled.read_tokens_per_second > 0
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="needs torch")
+def test_the_peer_answers_as_our_model_does_where_attention_sees_all(
+    sources, evaluate, tmp_path, monkeypatch
+):
+    """A haystack of its own for each question, a shared one, and lengths that are not run."""
+    monkeypatch.setattr(peer, "CHUNK_TOKENS", 200)
+    given = ["--model", sources[1], "--peer", "hf", "--peer-model", sources[0]]
+    given += [
+        "--task",
+        "passkey",
+        "--depths",
+        "0,100",
+        "--segment-length",
+        "512",
+        "--batch-size",
+        "2",
+    ]
+    alone = evaluate(
+        *given,
+        "--lengths",
+        "500,700",
+        "--trials",
+        "1",
+        "--peer-up-to",
+        "600",
+        "--output",
+        tmp_path / "a",
+    )
+    assert alone.code == 0 and "not run" in alone.out
+    ours, hf = rows(tmp_path / "a"), rows(tmp_path / "a", "hf")
+    assert [row["answered"] for row in hf[:2]] == [row["answered"] for row in ours[:2]]
+    assert {row["failed"] for row in hf[2:]} == {"not run: longer than 600 tokens"}
+    assert (
+        evaluate(
+            *given, "--lengths", "700", "--shared", "--questions", "2", "--output", tmp_path / "b"
+        ).code
+        == 0
+    )
+    ours, hf = rows(tmp_path / "b"), rows(tmp_path / "b", "hf")
+    assert len({row["haystack"] for row in hf}) == 1 and len({row["answered"] for row in hf}) > 1
+    for name in ("answered", "text_sha256", "distance", "score"):
+        assert [row[name] for row in hf] == [row[name] for row in ours]
+
+
+def test_what_does_not_fit_the_peer_is_not_run_and_nothing_longer_is_tried(sources, tmp_path):
+    from gemma_jax.evaluate.journal import Journal
+    from gemma_jax.inference.console import Console
+
+    arguments = ["--model", str(sources[1]), "--task", "passkey", "--lengths", "400,500,600"]
+    arguments += ["--depths", "50", "--trials", "2", "--output", str(tmp_path)]
+    subject = command.check(command.parse(arguments))
+
+    class Small:
+        rows, out_of_memory, tried = 1, False, []
+
+        def warm_up(self, shared):
+            return 0.0
+
+        def read(self, texts, rows, on_tokens):
+            self.tried.append(sum(len(ids) for ids in texts[0]))
+            if self.tried[-1] > 410:
+                self.out_of_memory = True
+                raise OutOfMemoryError("not run: out of memory")
+            return False
+
+        def answer(self, state, questions, limits):
+            from gemma_jax.evaluate.answers import Answer
+
+            return [Answer(" 12345", 6, True)]
+
+        def peak_bytes(self):
+            return 7
+
+    journal = Journal(tmp_path, subject.settings)
+    peer.run_peer(subject.grid, Small(), 10**9, journal, Console(quiet=True), 100)
+    assert [trial.tokens for trial in journal.trials.values()] == [400, 400]
+    assert [trial.tokens for trial in journal.failed.values()] == [500, 500, 600, 600]
+    assert all(
+        trial.failed.startswith("not run: out of memory") for trial in journal.failed.values()
+    )
+    assert max(Small.tried) < 500
+
+
+@pytest.mark.parametrize(
+    "arguments, code, said",
+    [
+        (["--task", "passkeys"], 2, "there is no task 'passkeys': choose of passkey,"),
+        (["--lengths", "4K,60"], 2, "--lengths 60 is too short"),
+        (["--lengths", "0"], 2, "--lengths"),
+        (["--lengths", "many"], 2, "--lengths"),
+        (["--depths", "0,101"], 2, "between 0 and 100"),
+        (["--depths", "half"], 2, "--depths"),
+        (["--trials", "0"], 2, "at least 1"),
+        (["--haystacks", "9", "--questions", "3"], 2, "cannot share"),
+        (["--memory", "no_such_rule"], 2, "no_such_rule"),
+        (["--resume"], 2, "nothing to resume"),
+        (["--peer", "hf"], 2, "--peer-model"),
+        (["--haystack", "EMPTY"], 3, "empty.txt has no text"),
+        (["--haystack", "no/such/file"], 3, "no/such/file"),
+        (["--tokenizer", "DIR"], 2, "--preset"),
+        (["--record", "EMPTY"], 3, "holds no such records"),
+        (["--model", "DIR"], 3, "DIR"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_read(
+    sources, evaluate, tmp_path, monkeypatch, arguments, code, said
+):
+    (tmp_path / "empty.txt").write_text(" \n")
+    monkeypatch.setattr(command, "load_model", None)  # nothing is loaded
+    words = [str(tmp_path / "empty.txt") if word == "EMPTY" else word for word in arguments]
+    result = evaluate(
+        "--model", sources[1], "--task", "passkey", "--output", tmp_path / "out", *words
+    )
+    assert (result.code, result.out) == (code, "")
+    assert result.err.count("\n") == 1 and result.err.startswith("error: ") and said in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_tokenizer_is_refused(sources, evaluate, tmp_path):
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(sources[1], bare)
+    (bare / "tokenizer.json").unlink()
+    result = evaluate("--model", bare, *GRID, "--output", tmp_path / "out")
+    assert result.code == 3 and "tokenizer.json" in result.err and result.err.count("\n") == 1
+
+
+def test_nothing_to_evaluate_is_refused(evaluate, tmp_path):
+    result = evaluate(*GRID, "--output", tmp_path)
+    assert result.code == 2 and "--model DIR" in result.err
+
+
+def test_other_settings_need_another_directory(whole, sources, evaluate):
+    result = evaluate("--model", sources[1], *GRID, *SMALL, "--seed", 5, "--output", whole)
+    assert result.code == 2 and "seed was 0, now 5" in result.err
+
+
+def test_perplexity_is_still_the_mode_of_a_text(sources, evaluate, tmp_path):
+    (tmp_path / "text.txt").write_text("the people called him by his name and " * 20)
+    arguments = ["--model", sources[1], "--text", tmp_path / "text.txt", "--tokens", "120"]
+    forms = ["--local-attention", "segment", "--segment-length", "64", "128"]
+    result = evaluate(*arguments, *forms, "--without-sink", "--json")
+    found = [json.loads(line) for line in result.out.splitlines()]
+    assert result.code == 0 and len(found) == 4
+    assert {record["segment_length"] for record in found} == {64, 128}
+    assert all(0 < record["nll"] < 30 and record["tokens"] == 120 for record in found)

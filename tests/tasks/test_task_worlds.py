@@ -1,0 +1,191 @@
+"""BABILong against a reader that plays the stories of a text over again."""
+
+import random
+import re
+
+import pytest
+from reading import compose, window
+
+from gemma_jax import tasks
+from gemma_jax.errors import UsageError
+from gemma_jax.tasks import babilong
+
+QA = tuple(f"babilong_qa{number}" for number in (1, 2, 3, 4, 5))
+MOVE = r"(?P<mover>\w+) (?:moved to|went to|went back to|journeyed to|travelled to) the (?P<room>[\w-]+)\."
+TAKE = r"(?P<taker>\w+) (?:took|got|grabbed|picked up) the (?P<taken>\w+)(?: there)?\."
+DROP = r"(?P<dropper>\w+) (?:dropped|discarded|put down|left) the (?P<dropped>\w+)(?: there)?\."
+GIVE = r"(?P<giver>\w+) (?:gave|handed|passed) the (?P<given>\w+) to (?P<receiver>\w+)\."
+SIDE = r"The (?P<a>[\w-]+) is (?P<side>north|south|east|west) of the (?P<b>[\w-]+)\."
+ANY = re.compile("|".join((MOVE, TAKE, DROP, GIVE, SIDE)))
+TURNED = {"north": "south", "south": "north", "east": "west", "west": "east"}
+
+
+class Reader:
+    """Believes every sentence that reads like one of a story, and answers from what it believes."""
+
+    def __init__(self, text: str):
+        self.room: dict[str, str] = {}
+        self.holder: dict[str, str] = {}
+        self.rooms_of: dict[str, list[str]] = {}
+        self.gifts: list[tuple[str, str, str]] = []
+        self.sides: set[tuple[str, str, str]] = set()
+        for match in ANY.finditer(text):
+            self._believe(match.groupdict())
+
+    def _believe(self, told: dict[str, str | None]) -> None:
+        if told["mover"]:
+            self.room[told["mover"]] = told["room"]
+            for thing, holder in self.holder.items():
+                if holder == told["mover"]:
+                    self._seen(thing, told["room"])
+        elif told["taker"]:
+            self.holder[told["taken"]] = told["taker"]
+            self._seen(told["taken"], self.room.get(told["taker"]))
+        elif told["dropper"]:
+            self.holder.pop(told["dropped"], None)
+            self._seen(told["dropped"], self.room.get(told["dropper"]))
+        elif told["giver"]:
+            self.gifts.append((told["giver"], told["given"], told["receiver"]))
+        else:
+            self.sides.add((told["a"], told["side"], told["b"]))
+            self.sides.add((told["b"], TURNED[told["side"]], told["a"]))
+
+    def _seen(self, thing: str, room: str | None) -> None:
+        seen = self.rooms_of.setdefault(thing, [])
+        if room and seen[-1:] != [room]:
+            seen.append(room)
+
+    def answers(self, question: str) -> set[str]:
+        """All that could be meant."""
+        if m := re.search(r"Where is the (\w+)\?", question):
+            return set(self.rooms_of.get(m[1], [])[-1:])
+        if m := re.search(r"Where is (\w+)\?", question):
+            return {self.room[m[1]]} if m[1] in self.room else set()
+        if m := re.search(r"Where was the (\w+) before the ([\w-]+)\?", question):
+            rooms = self.rooms_of.get(m[1], [])
+            return {a for a, b in zip(rooms, rooms[1:], strict=False) if b == m[2]}
+        if m := re.search(r"What is (\w+) of the ([\w-]+)\?", question):
+            return {a for a, side, b in self.sides if (side, b) == m.groups()}
+        if m := re.search(r"What is the ([\w-]+) (\w+) of\?", question):
+            return {b for a, side, b in self.sides if (a, side) == m.groups()}
+        if m := re.search(r"Who gave the (\w+) to (\w+)\?", question):
+            return {g for g, thing, r in self.gifts if (thing, r) == m.groups()}
+        if m := re.search(r"What did (\w+) give to (\w+)\?", question):
+            return {thing for g, thing, r in self.gifts if (g, r) == m.groups()}
+        if m := re.search(r"Who did (\w+) give the (\w+) to\?", question):
+            return {r for g, thing, r in self.gifts if (g, thing) == m.groups()}
+        if m := re.search(r"Who gave the (\w+)\?", question):
+            return {g for g, thing, _ in self.gifts if thing == m[1]}
+        m = re.search(r"Who received the (\w+)\?", question)
+        return {r for _, thing, r in self.gifts if thing == m[1]}
+
+
+@pytest.mark.parametrize("name", QA)
+def test_a_reader_of_everything_knows_the_one_answer(name):
+    for keys, haystack, seeds in (
+        ("held_out", "grass", 25),
+        ("train", "grass", 5),
+        ("all", "books", 2),
+    ):
+        task = tasks.make(name, keys=keys, haystack=haystack)
+        for seed in range(seeds):
+            episode = task.episode(
+                seed, [0.7] if seed % 2 else [0, 0.25, 0.5, 0.75, 1], 1 + seed % 2
+            )
+            reader = Reader(compose(task, episode, 5000))
+            for question in episode.questions:
+                assert reader.answers(question.text) == set(question.answers), question
+
+
+@pytest.mark.parametrize("name", QA)
+def test_the_facts_that_a_question_names_are_enough_and_the_last_is_at_its_depth(name):
+    task = tasks.make(name)
+    for seed in range(20):
+        episode = task.episode(seed, [0.1, 0.6])
+        for question in episode.questions:
+            facts = [episode.facts[index] for index in question.facts]
+            assert len(facts) == {"babilong_qa2": 2, "babilong_qa3": 3}.get(name, 1)
+            assert facts[-1].depth == question.depth
+            told = "".join(fact.text for fact in facts)
+            assert Reader(told).answers(question.text) == set(question.answers)
+
+
+@pytest.mark.parametrize("name", QA)
+def test_who_sees_only_the_end_scores_no_more_than_chance(name):
+    task, rng = tasks.make(name, haystack="grass"), random.Random(0)
+    scores = []
+    for seed in range(300):
+        episode = task.episode(seed, [0.3])
+        (question,) = episode.questions
+        possible = possible_answers(name, question.text)
+        facts = [fact for fact in episode.facts if fact.depth > 0.7]
+        seen = Reader("".join(fact.text for fact in facts)).answers(question.text)
+        scores.append(task.score(question, rng.choice(sorted(seen or possible))))
+    assert abs(sum(scores) / len(scores) - task.chance) < 0.08
+
+
+def possible_answers(name: str, question: str) -> set[str]:
+    """What can be answered by who knows bAbI's names and the question."""
+    if name != "babilong_qa5":
+        possible = set(babilong.ROOMS)
+    elif "What did" in question:
+        possible = set(babilong.OBJECTS)
+    else:
+        possible = set(babilong.PEOPLE_WHO_GIVE)
+    return possible - set(re.findall(r"[\w-]+", question))
+
+
+def test_one_story_has_the_names_and_as_many_sentences_as_in_babi():
+    limits = {"qa1": (2, 10), "qa2": (2, 68), "qa3": (4, 320), "qa4": (2, 2), "qa5": (2, 126)}
+    for name in QA:
+        counts = [len(tasks.make(name).episode(seed, [0.5]).facts) for seed in range(60)]
+        least, most = limits[name.removeprefix("babilong_")]
+        assert least <= min(counts) <= max(counts) <= most
+        assert min(counts) <= least + (most - least) / 10
+        assert max(counts) > most / 2
+    names = set(re.findall(r"[A-Z]\w+", "".join(map(str, stories("babilong_qa5", 30)))))
+    assert names - {"Mary", "Fred", "Bill", "Jeff"} == set()
+    for name in ("babilong_qa1", "babilong_qa4"):
+        rooms = set(re.findall(r"the (\w+)", "".join(stories(name, 30))))
+        assert rooms == {"kitchen", "bathroom", "hallway", "garden", "office", "bedroom"}
+
+
+def stories(name: str, seeds: int) -> list[str]:
+    task = tasks.make(name)
+    return [fact.text for seed in range(seeds) for fact in task.episode(seed, [0.5]).facts]
+
+
+@pytest.mark.parametrize("name", QA)
+def test_twenty_stories_of_one_text_share_no_name(name):
+    episode = tasks.make(name).episode(0, [0, 0.25, 0.5, 0.75, 1], 4)
+    assert len({question.text for question in episode.questions}) == 20
+    reader = Reader("".join(fact.text for fact in episode.facts))
+    for question in episode.questions:
+        assert reader.answers(question.text) == set(question.answers)
+    with pytest.raises(UsageError, match="fewer"):
+        tasks.make(name).episode(0, [0.5], 200)
+
+
+def test_training_has_no_name_of_a_test():
+    def names(keys):
+        return {
+            word
+            for name in QA
+            for seed in range(3)
+            for question in tasks.make(name, keys=keys).episode(seed, [0.2, 0.8], 8).questions
+            for word in re.findall(r"[A-Z]\w+|the ([\w-]+)", question.text)
+        } - {"", "Who", "What", "Where"}
+
+    held_out = set(babilong.MORE_OBJECTS[1::2]) | set(babilong.MORE_ROOMS[1::2])
+    held_out |= {*babilong.OBJECTS, *babilong.ROOMS}
+    train = set(babilong.MORE_OBJECTS[::2]) | set(babilong.MORE_ROOMS[::2])
+    assert names("train") & held_out == set() and names("train") & train
+    assert names("held_out") & train == set() and names("held_out") & held_out
+
+
+def test_window_of_the_text_is_not_enough():
+    task = tasks.make("babilong_qa1", haystack="grass")
+    for seed in range(10):
+        episode = task.episode(seed, [0.3])
+        text = compose(task, episode, 1500)
+        assert Reader(window(text)).answers(episode.questions[0].text) == set()
