@@ -234,7 +234,7 @@ def main() -> None:
                 repeated(
                     "convert",
                     options.times,
-                    lambda i: kill_a_conversion(source, place, random.Random(i), 0.6),
+                    lambda i: kill_a_conversion(source, place, random.Random(i), 1.5),
                 )
             )
         if "save" in wanted:

@@ -6,6 +6,7 @@ import shutil
 
 import fault_injection as faults
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ import convert_weights
 import gemma_jax
 import run
 from gemma_jax import demo
+from gemma_jax.checkpoint import adapter as adapters
 from gemma_jax.checkpoint import memory_file, store
 from gemma_jax.checkpoint.convert import convert
 from gemma_jax.errors import CorruptError, GemmaError
@@ -108,6 +110,19 @@ def test_damaged_memory_files_are_refused_with_their_name(model, tmp_path):
 
     faults.damage([tmp_path / "a.mem"], refuse, random.Random(0), FLIPS, CUTS)
     memory_file.load(tmp_path / "a.mem", model)
+
+
+def test_damaged_files_of_an_adapter_are_refused_with_their_name(model, tmp_path):
+    params = {"layers_0": {"attention": {"memory": {"gate": np.zeros(300, np.float32)}}}}
+    adapter = adapters.Adapter("gemma", "0" * 64, model.config.memory, "memory", params)
+    adapters.write(adapter, tmp_path)
+
+    def refuse(file):
+        with pytest.raises(CorruptError, match=str(file)):
+            adapters.read(tmp_path)
+
+    faults.damage(sorted(tmp_path.iterdir()), refuse, random.Random(0), FLIPS, CUTS)
+    adapters.read(tmp_path)
 
 
 def test_files_that_were_not_written_with_a_checkpoint_are_refused(checkpoint, tmp_path):

@@ -208,8 +208,8 @@ def as_gemma_error(error: Exception) -> GemmaError:
         return InputError("The disk is full: free some of it, or choose another place.")
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return OutOfMemoryError(
-            "Out of memory: the weights, the State and one piece of text do not fit; use a"
-            " smaller model, a shorter --segment-length, or a device with more memory."
+            "Out of memory: the weights, the State and one piece of text do not fit; try a shorter"
+            " --segment-length, a model converted with --quantize int8, or a smaller one."
         )
     first_line = next(iter(str(error).splitlines()), "")
     return GemmaError(
