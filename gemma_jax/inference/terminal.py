@@ -49,10 +49,12 @@ class Terminal:
     def run(self) -> None:
         """Talks until the user leaves, or there is no more input."""
         self._console.line(WELCOME)
-        with contextlib.suppress(EOFError, Leave):
+        with contextlib.suppress(Leave):
             while True:
                 try:
                     self._turn(self._message())
+                except EOFError:
+                    return self._say("") if sys.stdin and sys.stdin.isatty() else None
                 except KeyboardInterrupt:
                     self._say("\n(/quit leaves)")
                 except OutOfMemoryError:
