@@ -49,12 +49,10 @@ class Terminal:
     def run(self) -> None:
         """Talks until the user leaves, or there is no more input."""
         self._console.line(WELCOME)
-        with contextlib.suppress(Leave):
+        with contextlib.suppress(EOFError, Leave):
             while True:
                 try:
                     self._turn(self._message())
-                except EOFError:
-                    return self._say("") if sys.stdin and sys.stdin.isatty() else None
                 except KeyboardInterrupt:
                     self._say("\n(/quit leaves)")
                 except OutOfMemoryError:
@@ -139,7 +137,11 @@ class Terminal:
         if sys.stdin.isatty() and sys.stdout.isatty():
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 - gives `input` arrows and a history
-            return input(prompt)
+            try:
+                return input(prompt)
+            except EOFError:
+                self._say("")  # the terminal's line is not ended yet
+                raise
         if sys.stdin.isatty():
             self._say(prompt, end="")
         line = sys.stdin.readline()
