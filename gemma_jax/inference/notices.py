@@ -86,7 +86,9 @@ def loaded(path: Any, memory: Any) -> str:
     """What a memory file held that was just loaded."""
     sources = (*memory.sources, *(memory.unread.sources if memory.unread else ()))
     names = ", ".join(dict.fromkeys(source.name for source in sources))
-    return f"{memory.tokens} tokens were read before ({', '.join(filter(None, (names, str(path))))})"
+    return (
+        f"{memory.tokens} tokens were read before ({', '.join(filter(None, (names, str(path))))})"
+    )
 
 
 def conversation(config: GemmaConfig, chat: Any) -> str:

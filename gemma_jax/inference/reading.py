@@ -78,31 +78,34 @@ def feed(
     The next piece consumes its State; the device may still be at work on it.
 
     Raises:
-        GemmaError: the State became something else than finite numbers; it is looked at when the
-            device is done with a piece, so that the host never waits for the newest.
+        GemmaError: numbers became something else than finite. What a State carries shows in the
+            logits of the piece after, so those are looked at when the device is done with them, and
+            the State itself at the end: the host never waits for the newest piece.
     """
-    length, begin = model.config.memory.segment_length, int(state.length[0])
-    given = 0
+    begin = first = int(state.length[0])
     in_flight: collections.deque[tuple[int, jax.Array]] = collections.deque()
 
     def wait_for_oldest() -> None:
         nonlocal begin
         count, finite = in_flight.popleft()
-        if not (layers := np.asarray(finite)).all():
-            raise GemmaError(_not_finite(int(layers.argmin()), begin, begin + count, length))
+        if not finite:
+            raise GemmaError(_not_finite(model.config, state, begin, begin + count))
         begin += count
         meter.finished(count)
 
+    given = 0
     for piece, count in pieces:
         lengths = np.array([count], np.int32)
         logits, state = prefill(model.params, piece, state, config=model.config, lengths=lengths)
-        in_flight.append((count, _finite_layers(state)))
+        in_flight.append((count, all_finite(logits)))
         if len(in_flight) > PIECES_IN_FLIGHT:
             wait_for_oldest()
         given += count
         yield Reading(logits, state, given, meter.rate.per_second or 0.0)
     while in_flight:
         wait_for_oldest()
+    if given and not _finite_layers(state).all():
+        raise GemmaError(_not_finite(model.config, state, first, begin))
 
 
 def require_whole(state: State, expected: int) -> None:
@@ -112,20 +115,25 @@ def require_whole(state: State, expected: int) -> None:
 
 
 @jax.jit
+def all_finite(array: jax.Array) -> jax.Array:
+    """Whether all numbers are finite."""
+    return jnp.isfinite(array).all()
+
+
+@jax.jit
 def _finite_layers(state: State) -> jax.Array:
     """[layers] bool: whether all that a layer carries is finite."""
-    return jnp.stack(
-        [
-            jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(layer)]).all()
-            for layer in state.layers
-        ]
-    )
+    leaves = [jax.tree.leaves(layer) for layer in state.layers]
+    return jnp.stack([jnp.stack([jnp.isfinite(x).all() for x in some]).all() for some in leaves])
 
 
-def _not_finite(layer: int, begin: int, end: int, segment_length: int) -> str:
-    first, last = begin // segment_length, (end - 1) // segment_length
+def _not_finite(config: GemmaConfig, state: State, begin: int, end: int) -> str:
+    """What is said of a State that has met numbers which are not finite from `begin` to `end`."""
+    length, finite = config.memory.segment_length, np.asarray(_finite_layers(state))
+    what = "The logits are" if finite.all() else f"The State of layer {finite.argmin()} is"
+    first, last = begin // length, (end - 1) // length
     segments = f"segment {first}" if first == last else f"segments {first} to {last}"
     return (
-        f"The State of layer {layer} is not finite after tokens {begin} to {end - 1} ({segments}):"
-        " check the checkpoint, or convert it with --dtype float32."
+        f"{what} not finite after tokens {begin} to {end - 1} ({segments}): check the checkpoint, or"
+        " convert it with --dtype float32."
     )

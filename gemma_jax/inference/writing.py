@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from gemma_jax import text as text_lib
 from gemma_jax.errors import GemmaError
 from gemma_jax.inference.decode import decode_block
 from gemma_jax.inference.progress import Rate
-from gemma_jax.inference.reading import Reading
+from gemma_jax.inference.reading import Reading, all_finite
 
 BLOCKS_IN_FLIGHT = 2  # blocks of tokens given to the device before the host looks at the oldest
 BLOCK_TOKENS = {"cpu": 1}  # tokens decoded between two looks at them: a CPU takes long for each
@@ -57,7 +56,7 @@ def write(
                 num_tokens=block_tokens,
                 stop_ids=tuple(stop_ids),
             )
-            in_flight.append((tokens, counts, _all_finite(logits)))
+            in_flight.append((tokens, counts, all_finite(logits)))
             given += block_tokens
         tokens, counts, finite = jax.device_get(in_flight.popleft())
         block = tokens[0, : min(int(counts[0]), max_new_tokens - written)].tolist()
@@ -73,7 +72,7 @@ def write(
 
 def require_finite(reading: Reading) -> None:
     """Raises `GemmaError` when what comes next cannot be drawn."""
-    if not _all_finite(reading.logits):
+    if not all_finite(reading.logits):
         raise GemmaError(_not_finite(reading.tokens))
 
 
@@ -86,11 +85,6 @@ def stop_token_ids(model: Any) -> tuple[int, ...]:
     """Ids that end an answer: the model's own list, and the end of turn of its chat template."""
     ends = text_lib.end_of_turn_ids(model.tokenizer, model.config.bos_id)
     return tuple(dict.fromkeys((*model.config.eos_ids, *ends)))
-
-
-@jax.jit
-def _all_finite(logits: jax.Array) -> jax.Array:
-    return jnp.isfinite(logits).all()
 
 
 def _not_finite(tokens: int) -> str:

@@ -291,10 +291,28 @@ def test_the_command_to_go_on_is_the_same_with_where_it_was_saved():
 
 
 def test_a_state_that_is_not_finite_stops_the_reading_and_names_layer_and_segment(model):
+    def broken(state):
+        layer = state.layers[1]
+        bad = dataclasses.replace(layer, sink_value=layer.sink_value.at[0, 0, 0, 0].set(np.nan))
+        return dataclasses.replace(state, layers=(state.layers[0], bad))
+
+    for count, words in ((80, r"40 to 55 \(segments 2 to 3\)"), (8, r"40 to 47 \(segment 2\)")):
+        state = broken(reader.read(model, [[7] * 40], chunk_tokens=CHUNK).state)
+        with pytest.raises(GemmaError, match=f"State of layer 1 .* tokens {words}") as caught:
+            reader.read(model, [[7] * count], state, chunk_tokens=CHUNK)
+        assert caught.value.exit_code == 1
+
+
+def test_a_state_that_goes_wrong_at_the_end_is_not_kept(model):
+    """What was written last shows in no logits yet."""
     state = gemma_jax.init_state(model.config)
-    layer = state.layers[1]
-    bad = dataclasses.replace(layer, values=layer.values.at[0, -1, 0, 0].set(np.nan))
-    state = dataclasses.replace(state, layers=(state.layers[0], bad))
-    with pytest.raises(GemmaError, match=r"layer 1 .* tokens 0 to 15 \(segment 0\)") as caught:
-        reader.read(model, [[7] * 40], state, chunk_tokens=CHUNK)
-    assert caught.value.exit_code == 1
+    layer = state.layers[0]
+    far = layer.sink_key.at[:].set(np.inf)  # not seen while the first segment is
+    state = dataclasses.replace(
+        state,
+        length=state.length + 1,
+        fill=state.fill + 1,
+        layers=(dataclasses.replace(layer, sink_key=far), state.layers[1]),
+    )
+    with pytest.raises(GemmaError, match="State of layer 0"):
+        reader.read(model, [[7] * 3], state, chunk_tokens=CHUNK)
