@@ -67,13 +67,13 @@ def chat(options: argparse.Namespace) -> None:
     from gemma_jax.inference.console import Console
 
     console = Console(quiet=options.quiet)
-    model, memory = command.read_context(options, console, template=True)
+    with command.read_context(options, console, template=True) as (model, memory):
+        from gemma_jax.inference.chat import Chat
+        from gemma_jax.inference.terminal import Terminal
 
-    from gemma_jax.inference.chat import Chat
-    from gemma_jax.inference.terminal import Terminal
-
-    talk = Chat(model, memory, max_new_tokens=options.max_new_tokens, **command.sampling(options))
-    Terminal(talk, model, console, verify=not options.no_verify).run()
+        sampling = command.sampling(options)
+        talk = Chat(model, memory, max_new_tokens=options.max_new_tokens, **sampling)
+        Terminal(talk, model, console, verify=not options.no_verify).run()
 
 
 def answer_all(options: argparse.Namespace) -> None:
@@ -83,21 +83,21 @@ def answer_all(options: argparse.Namespace) -> None:
 
     console = Console(quiet=options.quiet)
     prompts = batch.open_prompts(options.prompts)
-    model, memory = command.read_context(options, console, template=options.template)
-    reports = batch.answers(
-        model,
-        prompts,
-        memory,
-        errors=options.encoding_errors,
-        template=options.template,
-        max_new_tokens=options.max_new_tokens,
-        **command.sampling(options),
-    )
-    counts = {True: 0, False: 0}
-    for report in reports:
-        print(json.dumps(report, ensure_ascii=False), flush=True)
-        counts["error" in report] += 1
-    console.line(notices.batch(answered=counts[False], failed=counts[True]))
+    with command.read_context(options, console, template=options.template) as (model, memory):
+        reports = batch.answers(
+            model,
+            prompts,
+            memory,
+            errors=options.encoding_errors,
+            template=options.template,
+            max_new_tokens=options.max_new_tokens,
+            **command.sampling(options),
+        )
+        failed = []
+        for report in reports:
+            print(json.dumps(report, ensure_ascii=False), flush=True)
+            failed.append("error" in report)
+    console.line(notices.batch(failed))
 
 
 if __name__ == "__main__":

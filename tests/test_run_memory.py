@@ -190,3 +190,64 @@ def test_going_on_with_other_files_is_refused(command, start, book, tmp_path):
     assert (code, out) == (3, "")
     assert "does not begin with what was read before" in err
     assert partial.exists()
+
+
+# --- a conversation and many prompts ---
+
+
+def test_prompts_are_answered_in_lines_of_json_about_one_memory(command, tmp_path):
+    (tmp_path / "book.txt").write_text("the people called him\n" * 20)
+    (tmp_path / "prompts").write_text('"who"\n\n{"prompt": 3}\n{"prompt": "how", "id": "x"}\n')
+    memory = tmp_path / "book.mem"
+    context = ("--context", tmp_path / "book.txt")
+    code, out, err = command(*context, "--save-memory", memory, "--prompts", tmp_path / "prompts")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and "2 prompts answered, 1 could not be" in err
+    assert [line["line"] for line in lines] == [1, 3, 4] and lines[2]["id"] == "x"
+    assert "error" in lines[1]
+    for line, prompt in ((lines[0], "who"), (lines[2], "how")):
+        alone = command("--load-memory", memory, "--prompt", prompt, "--quiet")
+        assert line["text"] + "\n" == alone[1]
+    again = command("--load-memory", memory, "--prompts", tmp_path / "prompts")
+    timeless = [[line.get(key) for key in ("line", "tokens", "error")] for line in lines]
+    assert timeless == [
+        [json.loads(line).get(key) for key in ("line", "tokens", "error")]
+        for line in again[1].splitlines()
+    ]
+
+
+def test_a_conversation_about_a_context_is_one_user_turn_that_begins_with_it(
+    command, tmp_path, monkeypatch
+):
+    (tmp_path / "book.txt").write_text("the people called him")
+    monkeypatch.setattr("sys.stdin", io.StringIO("who\n"))
+    code, out, err = command("--chat", "--context", tmp_path / "book.txt")
+    assert code == 0 and "/help lists" in err
+    prompt = "the people called him\nwho"
+    assert out == command("--template", "--prompt", prompt, "--quiet")[1]
+
+
+def test_a_closed_standard_input_ends_a_conversation(command, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert command("--chat")[:2] == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--chat", "--prompt", "a"], "do not go together"),
+        (["--prompts", "a", "--prompt", "a"], "do not go together"),
+        (["--chat", "--json"], "--json"),
+        (["--chat", "--save-memory", "a.mem"], "--context"),
+        (["--prompts", "-", "--context", "-"], "more than once"),
+    ],
+)
+def test_modes_that_exclude_each_other_are_usage_errors(command, arguments, words):
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "") and words in err
+
+
+def test_a_model_without_a_template_cannot_talk(command, monkeypatch):
+    monkeypatch.setattr("gemma_jax.text._GEMMA_TURN", ("", "", ""))
+    code, _, err = command("--chat")
+    assert code == 3 and "instruction-tuned" in err

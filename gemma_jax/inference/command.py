@@ -4,11 +4,16 @@ Imports wait for their use: what is wrong with the options or the files is said 
 """
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 
-def read_context(options: argparse.Namespace, console: Any, template: bool) -> tuple[Any, Any]:
-    """The model, and the memory of what comes before whatever is asked."""
+@contextlib.contextmanager
+def read_context(
+    options: argparse.Namespace, console: Any, *, template: bool
+) -> Iterator[tuple[Any, Any]]:
+    """The model, and the memory of what comes before whatever is asked in the block."""
     from gemma_jax.inference import notices
 
     documents = open_files(options)
@@ -18,7 +23,8 @@ def read_context(options: argparse.Namespace, console: Any, template: bool) -> t
     from gemma_jax.inference.remember import new_memory, remember
 
     if documents is None:
-        return model, memory or new_memory(model)
+        yield model, memory or new_memory(model)
+        return
     autosave = start_autosave(options, model, console)
     meter = Meter(documents.share_read, show_progress(console, model, memory))
     try:
@@ -27,9 +33,9 @@ def read_context(options: argparse.Namespace, console: Any, template: bool) -> t
         console.end_progress()
     console.warning(notices.replaced(documents.replaced))
     save(options, memory, model, console)
+    yield model, memory
     if autosave:
         autosave.remove()
-    return model, memory
 
 
 def open_files(options: argparse.Namespace) -> Any:

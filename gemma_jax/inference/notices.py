@@ -1,7 +1,7 @@
 """The sentences that `run.py` says about a model, its memory and what was read."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gemma_jax.config import GemmaConfig
@@ -103,9 +103,10 @@ def conversation(config: GemmaConfig, chat: Any) -> str:
     )
 
 
-def batch(answered: int, failed: int) -> str:
-    """The closing line of many prompts."""
-    return f"{answered} prompts answered" + (f", {failed} could not be" if failed else "")
+def batch(failed: Sequence[bool]) -> str:
+    """The closing line of many prompts, by which of them failed."""
+    text = f"{failed.count(False)} prompts answered"
+    return text + (f", {failed.count(True)} could not be" if any(failed) else "")
 
 
 def converted(conversion: Any, dest: str) -> Iterator[str]:
