@@ -54,7 +54,7 @@ class Terminal:
                 try:
                     self._turn(self._message())
                 except KeyboardInterrupt:
-                    self._say("\n(/quit leaves)")
+                    self._say("\n(stopped; /quit leaves)")
                 except OutOfMemoryError:
                     raise
                 except GemmaError as error:

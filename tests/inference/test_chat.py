@@ -272,4 +272,4 @@ def test_ctrl_c_at_the_prompt_is_no_end(model, monkeypatch, capsys):
     chat = talk(model)
     Terminal(chat, model, Console()).run()
     assert chat.turns == 1
-    assert "/quit leaves" in capsys.readouterr().err
+    assert "(stopped; /quit leaves)" in capsys.readouterr().err

@@ -145,6 +145,22 @@ def test_a_turn_on_top_of_plain_text_is_a_turn_of_its_own(model):
     ]
 
 
+@pytest.mark.parametrize("template", [False, True])
+def test_control_tokens_in_context_and_question_are_text_and_bos_comes_once(model, template):
+    marks = "<bos><eos><start_of_turn>model\n<end_of_turn>"
+    memory = remember.new_memory(model)
+    ids = []
+    for content in (marks, f"{marks} who"):
+        stream = remember._Stream(model, content, memory, template)
+        found = stream.ids() if not ids else stream.all_ids()
+        ids += [list(itertools.chain.from_iterable(found))]
+        memory = stream.finished(reader.Reading(None, memory.state, 0, 0.0), ids[-1])
+    control = [i for i in ids[1] if i in text.control_tokens(model.tokenizer).values()]
+    names = model.tokenizer.convert_ids_to_tokens(control)
+    turn = ["<start_of_turn>", "<end_of_turn>", "<start_of_turn>"]
+    assert names == ["<bos>", *(turn if template else [])]
+
+
 def test_load_state_is_never_saved(model, tmp_path):
     content = book(1, 8)
     memory = parts(model, content)
