@@ -151,6 +151,47 @@ def kill_a_reading(
     return f"{tokens} tokens had been kept; the answer is the same"
 
 
+OPTIONS = {
+    "--prompt": ("who", "", "\\", "<bos>", "-", "é" * 500),
+    "--context": ("book.txt", "nowhere", "", ".", "-"),
+    "--prompts": ("book.txt", "nowhere"),
+    "--load-memory": ("nowhere", "book.txt", "."),
+    "--resume": ("nowhere", "book.txt"),
+    "--save-memory": ("new.mem", ".", "book.txt/new.mem"),
+    "--max-new-tokens": ("3", "-1", "x"),
+    "--temperature": ("0", "1", "nan", "-1"),
+    "--top-k": ("1", "0", "9" * 30),
+    "--top-p": ("0.5", "2"),
+    "--seed": ("1", "-1"),
+    "--stop": ("a", ""),
+    "--memory": ("delta", "nothing", "a.py:B"),
+    "--segment-length": ("64", "0"),
+    "--autosave": ("5", "0"),
+    "--chat": (),
+    "--template": (),
+    "--json": (),
+    "--quiet": (),
+    "--frob": (),
+}
+
+
+def run_any_command(place: Path, rng: random.Random) -> str:
+    """Runs the command with options of all kinds: an exit code of the contract, and no traceback."""
+    arguments: list[str] = []
+    for name in rng.sample(sorted(OPTIONS), rng.randrange(1, 5)):
+        arguments += [name, *rng.sample(OPTIONS[name], min(1, len(OPTIONS[name])))]
+    if "--max-new-tokens" not in arguments:
+        arguments += ["--max-new-tokens", "3"]
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    done = subprocess.run(
+        command, cwd=place, capture_output=True, text=True, timeout=300, input="the people\n"
+    )
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    require(done.returncode in (0, 2, 3, 4), f"{arguments}: {done.returncode}, {last}")
+    require("Traceback" not in done.stderr and "Internal error" not in last, f"{arguments}: {last}")
+    return f"exit code {done.returncode} of {arguments}"
+
+
 def damage(
     files: list[Path], refuse: Callable[[Path], None], rng: random.Random, flips: int, cuts: int
 ) -> tuple[int, int]:
@@ -217,7 +258,7 @@ def repeated(name: str, times: int, trial: Callable[[int], str | None]) -> tuple
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=20)
-    parser.add_argument("--only", choices=("convert", "save", "read"))
+    parser.add_argument("--only", choices=("convert", "save", "read", "commands"))
     options = parser.parse_args()
     import gemma_jax
     from gemma_jax import demo
@@ -228,7 +269,7 @@ def main() -> None:
         place = Path(place_)
         source = demo.write_hugging_face(place / "source")
         convert(source, place / "model", dtype="float32")
-        wanted = (options.only,) if options.only else ("convert", "save", "read")
+        wanted = (options.only,) if options.only else ("convert", "save", "read", "commands")
         if "convert" in wanted:
             rows.append(
                 repeated(
@@ -260,7 +301,16 @@ def main() -> None:
                     ),
                 )
             )
-    print("| killed with -9 during | as it should be |\n|---|---|")
+        if "commands" in wanted:
+            (place / "book.txt").write_text("the people called him\n" * 30)
+            rows.append(
+                repeated(
+                    "any command",
+                    options.times * 5 // 2,
+                    lambda i: run_any_command(place, random.Random(i)),
+                )
+            )
+    print("| killed with -9 during (and any command) | as it should be |\n|---|---|")
     for name, good, times in rows:
         print(f"| {name} | {good} of {times} |")
 

@@ -88,7 +88,7 @@ class Documents:
         self._read: list[Source] = []  # whole sources
         self._start: Position | None = None
         self._characters = 0  # given so far
-        self._marks: collections.deque[_Mark] = collections.deque()
+        self._marks: collections.deque[_Mark] | None = None
 
     def go_on(self, position: Position) -> None:
         """Starts where a reading of the same sources had come to. That they begin as they did is
@@ -106,10 +106,20 @@ class Documents:
         if self.total_bytes is not None:
             self.total_bytes -= sum(source.bytes for source in position.sources)
 
-    def position(self, character: int) -> Position:
-        """Where to `go_on` to start with this character; they may only be asked for in order."""
+    def track(self) -> None:
+        """Keeps what `position` needs, from the last character that was forgotten on."""
+        self._marks = collections.deque()
+
+    def forget(self, character: int) -> None:
+        """Promises that no position before this character will be asked for."""
         while len(self._marks) > 1 and self._marks[1].character <= character:
             self._marks.popleft()
+
+    def position(self, character: int) -> Position:
+        """Where to `go_on` to start with this character of a text that is tracked; they may only be
+        asked for in order.
+        """
+        self.forget(character)
         mark = self._marks[0]
         begun = Source(self._sources[mark.source][0], mark.byte, mark.digest.hexdigest())
         skip = character - mark.character
@@ -184,7 +194,8 @@ class Documents:
                 text = text.removeprefix(_BYTE_ORDER_MARK)
                 text = "\n" + text if index else text
                 begins = False
-            self._marks.append(_Mark(self._characters, index, start, digest.copy(), text))
+            if self._marks is not None:
+                self._marks.append(_Mark(self._characters, index, start, digest.copy(), text))
             used = len(held) + len(data) - len(decoder.getstate()[0])
             digest.update((held + data)[:used])
             if not data:

@@ -82,7 +82,7 @@ def remember(
     """
     memory = new_memory(model) if memory is None else memory
     meter = meter or Meter()
-    stream = _Stream(model, text, memory, template)
+    stream = _Stream(model, text, memory, template, tracked=keeper is not None)
     size = chunk_tokens or default_chunk_tokens(model.config)
     pieces = pieces_of(meter.count(stream.ids()), size, model.config.vocab_size)
     pieces = ahead(pieces, PIECES_AHEAD, give_up=lambda: bool(keeper and keeper.interrupted))
@@ -98,6 +98,7 @@ def remember(
     begin, reading = int(memory.state.length[0]), Reading(None, memory.state, 0, 0.0)
     with keeper or contextlib.nullcontext():
         for reading in feed(model, whole_pieces(), memory.state, meter):
+            stream.advance(reading.tokens)
             if keeper and keeper.due():
                 keeper.keep(stream.unfinished(reading))
         if keeper and keeper.interrupted:
@@ -139,8 +140,18 @@ class _Stream:
     """The ids that come after a memory, and which of the text they stand for."""
 
     def __init__(
-        self, model: Any, text: str | Iterable[str] | None, memory: Memory, template: bool
+        self,
+        model: Any,
+        text: str | Iterable[str] | None,
+        memory: Memory,
+        template: bool,
+        *,
+        tracked: bool = False,
     ):
+        """`tracked`: `unfinished` will be asked for."""
+        self._tracked = tracked and hasattr(text, "track")
+        if self._tracked:
+            text.track()
         self._tokenizer, self._memory, self._text = model.tokenizer, memory, text
         self._turn = _turn(model, memory, template)
         self._begun = memory.place == Place.TURN
@@ -185,14 +196,14 @@ class _Stream:
         """The ids that stay what they are whatever comes after the text; for another thread."""
         parts = text_lib.encode_parts(self._tokenizer, itertools.chain([self._seam], self._user))
         first, end = len(self._before), 0
-        self._parts.append((0, self._before, 0))
+        self._record(0, self._before, 0)
         yield self._before
         for (part, ids), is_last in _with_last(parts):
             if is_last and text_lib.is_cut(self._tokenizer):
                 self._tail = part
                 break
             end += len(part)
-            self._parts.append((first, ids, end))
+            self._record(first, ids, end)
             first += len(ids)
             yield ids
         self._require_text()
@@ -213,28 +224,43 @@ class _Stream:
             sources=(*self._memory.sources, *getattr(self._text, "sources", ())),
         )
 
+    def _record(self, first: int, ids: Sequence[int], end: int) -> None:
+        """Notes that the ids from `first` on stand for the text up to the character `end`."""
+        if self._tracked:
+            self._parts.append((first, ids, end))
+
+    def advance(self, given: int) -> None:
+        """Forgets where the text was before the model had so many ids."""
+        while len(self._parts) > 1 and self._parts[1][0] <= given:
+            self._parts.popleft()
+        if self._parts and (character := self._character()):
+            self._text.forget(character)
+
+    def _character(self) -> int:
+        """Of the text, where the first of the parts ends; 0 before it has begun."""
+        taken = self._parts[0][2] - len(self._seam) - len(self._lead)
+        return taken + self._user.removed if taken > 0 else 0
+
     def unfinished(self, reading: Reading) -> Memory | None:
         """The memory of the text so far.
 
         None when the text is not of a kind that can be gone on with, or has not begun.
         """
-        while len(self._parts) > 1 and self._parts[1][0] <= reading.tokens:
-            self._parts.popleft()
-        if not self._parts or not hasattr(self._text, "position"):
+        self.advance(reading.tokens)
+        if not self._parts:
             return None
         first, ids, end = self._parts[0]
         rest = tuple(ids[reading.tokens - first :])
-        character = end - len(self._seam) - len(self._lead)
         if end == 0 and self._memory.unread is not None:
             return dataclasses.replace(self._memory, state=reading.state, ids=rest)
-        if character <= 0:
+        if not (character := self._character()):
             return None
         return Memory(
             state=reading.state,
             ids=rest,
             place=self._place(),
             sources=self._memory.sources,
-            unread=self._text.position(character + self._user.removed),
+            unread=self._text.position(character),
         )
 
     def _place(self) -> str:

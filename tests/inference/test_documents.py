@@ -158,7 +158,9 @@ def test_a_text_can_be_gone_on_with_at_any_character(small_reads, file, contents
     paths = [file(content, str(i)) for i, content in enumerate(contents)]
 
     def documents():
-        return Documents(paths, errors="replace")
+        read = Documents(paths, errors="replace")
+        read.track()
+        return read
 
     first = documents()
     text = "".join(first)
@@ -185,6 +187,7 @@ def test_sources_are_named_with_size_and_hash(file):
 def test_a_file_that_is_not_what_was_read_is_refused(monkeypatch, file, changed, size):
     monkeypatch.setattr(documents, "READ_BYTES", size)
     first = Documents([file(b"abcdefgh")])
+    first.track()
     list(first)
     for data, given in ((b"abcdefxyz", "xyz"), (changed, None)):
         second = Documents([file(data)])
@@ -198,6 +201,7 @@ def test_a_file_that_is_not_what_was_read_is_refused(monkeypatch, file, changed,
 
 def test_fewer_files_than_were_begun_are_refused(file):
     first = Documents([file(b"a"), file(b"b", "2")])
+    first.track()
     list(first)
     with pytest.raises(InputError, match="2 files or prompts"):
         Documents([file(b"a")]).go_on(first.position(3))

@@ -280,6 +280,22 @@ def test_an_interval_that_has_passed_saves_and_reading_goes_on(model, tmp_path):
     assert 0 < saved.tokens <= found.tokens
 
 
+def test_what_is_held_of_a_text_does_not_grow_with_it(model, tmp_path, monkeypatch):
+    """Neither with a keeper nor without."""
+    monkeypatch.setattr("gemma_jax.inference.documents.READ_BYTES", 50)
+    held = []
+    advance = remember._Stream.advance
+
+    def spy(stream, given):
+        advance(stream, given)
+        held.append(len(stream._parts) + len(stream._text._marks or ()))
+
+    monkeypatch.setattr(remember._Stream, "advance", spy)
+    for keeper in (None, Autosave(tmp_path / "partial.mem", model, seconds=1e9)):
+        parts(model, documents(tmp_path, book(0, 400)), keeper=keeper)
+    assert len(held) > 200 and max(held) < 40
+
+
 def test_a_full_disk_while_reading_costs_a_warning(model, tmp_path):
     said = []
     (tmp_path / "file").touch()
