@@ -15,8 +15,10 @@ from gemma_jax.train import options as command_line
 MEMORY_SHARE = "0.94"  # of the device for JAX, which takes three quarters of it by itself
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # no atomics, and no choice of kernels by timing
 DEFAULT_RULE = "gated_delta"
-MOST_WORKERS = 12
+SHIPPED = "books"  # in place of a file: the public-domain books that come with the package
+MOST_WORKERS = 4  # each makes more than a million tokens a second
 CARRIED_ROWS = 32  # memories kept for later sequences
+IDS = "ids"  # what a checkpoint calls the files of tokens that its run reads
 SHAPE = ("model", "preset", "config", "train", "rank", "memory", "segment_length")
 
 
@@ -97,8 +99,7 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError(
             "--language-weight is 0, and there are only texts: nothing would be learnt."
         )
-    if any(kind == "task" for kind, _, _ in options.data) and not filler(options):
-        raise UsageError("Tasks hide facts in texts: give --filler FILE, or text:FILE in --data.")
+    filler(options)
     if options.probe_lengths and not any(kind == "task" for kind, _, _ in options.data):
         raise UsageError("--probe-lengths measures recall of tasks: name one in --data.")
     if options.overwrite and options.resume:
@@ -108,15 +109,19 @@ def check(options: argparse.Namespace) -> None:
 
 
 def matches(pattern: str) -> list[Path]:
-    """The files of `text:` and `jsonl:`, in order.
+    """The files of `text:` and `jsonl:`, in order; `books` are those that come with the package.
 
     Raises:
         InputError: there are none.
     """
+    from gemma_jax.tasks.haystacks import shipped
+
     found: list[Path] = []
     for part in pattern.split(","):
         names = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
         files = [Path(name) for name in names if Path(name).is_file()]
+        if part == SHIPPED and not files:
+            files = [Path(name) for name in shipped("train")]
         if not files:
             raise InputError(f"{part} does not exist: name files to learn from.")
         found += files
@@ -124,10 +129,9 @@ def matches(pattern: str) -> list[Path]:
 
 
 def filler(options: argparse.Namespace) -> list[Path]:
-    """The files that tasks hide their facts in."""
-    if options.filler:
-        return [file for pattern in options.filler for file in matches(pattern)]
-    return [file for kind, what, _ in options.data if kind == "text" for file in matches(what)]
+    """The files that tasks hide their facts in: those named, or the texts, or the package's books."""
+    texts = [what for kind, what, _ in options.data if kind == "text"]
+    return [file for what in options.filler or texts or [SHIPPED] for file in matches(what)]
 
 
 # --- model ----------------------------------------------------------------------------------------
@@ -322,6 +326,7 @@ def make_run(
     begun_with = {
         name: value for name, value in vars(options).items() if name not in command_line.PER_RUN
     }
+    begun_with[IDS] = mixture.files
     run = Run(
         config,
         trained,
@@ -375,6 +380,9 @@ def warn_of_changes(begun_with: dict[str, Any], options: dict[str, Any], console
         if before == value:
             continue
         option = f"--{name.replace('_', '-')}"
+        if name == IDS:
+            console.warning("the files that are learnt from are others than when the run began.")
+            continue
         if name in SHAPE:
             raise UsageError(
                 f"The run began with {option} {before}, and is now given {value}: give what it began"

@@ -7,6 +7,7 @@ file and of the tokenizer. Readers map them into memory, so that processes share
 import dataclasses
 import hashlib
 import json
+import lzma
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from gemma_jax.inference.documents import Documents
 from gemma_jax.text import encode, encode_stream
 
 SPACE_MARKS = "▁Ġ \n"  # how tokenizers write the space that begins a word; and a new line
+READ_CHARS = 2**16
 CLOSERS = "\"'”’)]*_"  # may stand between the end of a sentence and the space behind it
 
 OnText = Callable[[Path, int], None]  # a file, and how many of its ids there are so far
@@ -102,10 +104,10 @@ class RecordBook:
 
 
 def tokenize_text(file: Path, tokenizer: Any, cache: Path, on_text: OnText | None = None) -> Text:
-    """The ids of a text file, from the cache if it holds them."""
+    """The ids of a text file (`.xz`: compressed), from the cache if it holds them."""
 
     def make() -> tuple[np.ndarray, np.ndarray]:
-        ids = _joined(_counted(encode_stream(tokenizer, Documents([str(file)])), file, on_text))
+        ids = _joined(_counted(encode_stream(tokenizer, _read_text(file)), file, on_text))
         return ids, sentence_starts(ids, tokenizer)
 
     return Text(*_kept(cache, _key(file, tokenizer, "text"), ("ids", "starts"), make))
@@ -156,6 +158,15 @@ def sentence_starts(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
     is_start[:1] = True
     is_start[1:] = ends[:-1] & spaces[1:]
     return np.flatnonzero(is_start)
+
+
+def _read_text(file: Path) -> Iterator[str]:
+    if file.suffix != ".xz":
+        yield from Documents([str(file)])
+        return
+    with lzma.open(file, "rt", encoding="utf-8") as stream:
+        while piece := stream.read(READ_CHARS):
+            yield piece
 
 
 def _read_jsonl(file: Path) -> Iterator[dict[str, str]]:

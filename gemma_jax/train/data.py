@@ -63,6 +63,11 @@ class Mixture:
             counts.append(counts[-1] * 2)
         return tuple(n * self.segment_length for n in dict.fromkeys([*counts, high]))
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that rows are made of: equal names are equal content."""
+        return sorted({name for source in self.sources for name in source.files})
+
     def rows(self, length: int) -> int:
         """Sequences of a batch."""
         return self.tokens_per_step // (length * self.parts) * self.parts

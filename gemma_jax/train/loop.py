@@ -31,7 +31,10 @@ from gemma_jax.train.step import (
     make_train_step,
 )
 
-IN_FLIGHT = 2  # steps given to the device before the host looks at the oldest
+# Steps given to the device before the host looks at the oldest. On a CPU there is nothing to overlap, and
+# its runtime has been seen to wait for ever with several programs in flight.
+IN_FLIGHT = {"cpu": 0}
+DEFAULT_IN_FLIGHT = 2
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -215,7 +218,7 @@ class Run:
         self._pending.append((progress.step, made, rate, metrics))
         progress.step += 1
         progress.tokens += made.tokens
-        if len(self._pending) > IN_FLIGHT:
+        if len(self._pending) > IN_FLIGHT.get(jax.default_backend(), DEFAULT_IN_FLIGHT):
             self._look()
 
     def _look(self) -> None:

@@ -2,7 +2,7 @@
 
 A source makes a `Row` of any length from a random generator: equal generators make equal rows. It
 holds paths and settings only, so other processes can be given it; what it reads is mapped into memory
-when it is first used.
+when it is first used. `shortest` is the least length that makes sense, `files` names what it reads.
 """
 
 import dataclasses
@@ -49,6 +49,10 @@ class TextSource:
     language_weight: float
 
     @property
+    def files(self) -> list[str]:
+        return [text.ids.name for text in self.texts]
+
+    @property
     def shortest(self) -> int:
         """Tokens of the shortest sequence that can be made."""
         return 2
@@ -64,6 +68,10 @@ class RecordSource:
     """Prompts with their answers, as many whole ones as fit, then padding; the answers count."""
 
     records: Records
+
+    @property
+    def files(self) -> list[str]:
+        return [self.records.ids.name]
 
     @property
     def shortest(self) -> int:
@@ -105,6 +113,10 @@ class TaskSource:
     reach: int
     forms: str = "train"
     keys: str = "train"
+
+    @property
+    def files(self) -> list[str]:
+        return [text.ids.name for text in self.texts]
 
     @property
     def shortest(self) -> int:

@@ -1,7 +1,9 @@
 """Batches: pure in the seed and the step, of constant size, and true to what they are made of."""
 
+import argparse
 import dataclasses
 import json
+import lzma
 import re
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 from gemma_jax.errors import InputError, UsageError
 from gemma_jax.text import batch_encoder
-from gemma_jax.train import corpus, sources
+from gemma_jax.train import command, corpus, sources
 from gemma_jax.train.data import FRESH, Feeder, Mixture, choose_length, make_batch
 
 BOS = 2
@@ -180,6 +182,19 @@ def test_a_text_is_tokenised_once(home, tmp_path, tokenizer, monkeypatch):
     assert corpus.tokenize_text(home / "book.txt", tokenizer, tmp_path) == found
     with pytest.raises(TypeError):
         corpus.tokenize_text(home / "other.txt", tokenizer, tmp_path)
+
+
+def test_a_compressed_text_is_the_same_text(home, tmp_path, tokenizer):
+    text = (home / "book.txt").read_text()
+    (tmp_path / "book.txt.xz").write_bytes(lzma.compress(text.encode()))
+    found = corpus.tokenize_text(tmp_path / "book.txt.xz", tokenizer, tmp_path)
+    assert tokenizer.decode(np.load(found.ids)) == text
+
+
+def test_the_books_that_come_with_the_package_are_the_default_filler():
+    found = command.filler(argparse.Namespace(data=[("task", "passkey", 1.0)], filler=None))
+    assert len(found) > 1 and all(file.parent.name == "train" for file in found)
+    assert command.matches("books") == found
 
 
 def test_a_stretch_goes_on_in_the_next_text(home, tmp_path, tokenizer):

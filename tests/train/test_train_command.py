@@ -249,7 +249,6 @@ def test_what_is_missing_is_asked_for(command, home, taught, tmp_path):
         (["--preset", "gemma-2b", *budget, *data], "--tokenizer"),
         (["--model", taught, *budget], "--data"),
         (["--model", taught, *data, "--steps", 1], "--output"),
-        (["--model", taught, *budget, "--data", "task:passkey"], "--filler"),
         (["--model", taught, *budget, *data, "--probe-lengths", "1K"], "recall of tasks"),
         (["--model", taught, *budget, *data, "--language-weight", 0], "nothing would be learnt"),
         (["--model", taught, *budget, *data, "--memory", "off"], "has no parameters to train"),
