@@ -1,7 +1,8 @@
 """A step of training: loss through the memory, gradient, AdamW.
 
 Master weights are float32; the layers compute in `config.dtype` with copies made once a step. All of a
-sequence's segments are in the gradient: what was written early learns from what is asked late.
+sequence's segments are in the gradient: what was written early learns from what is asked late. Where
+only a part of a model is trained (`gemma_jax.model.adapting`), the rest has no gradient.
 """
 
 import functools
@@ -12,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.config import GemmaConfig
+from gemma_jax.model.adapting import is_memory, join
+from gemma_jax.model.memory import inspect
 from gemma_jax.model.scan import Remat, forward
 from gemma_jax.model.state import State, init_state
 from gemma_jax.model.transformer import Params, abstract_params
@@ -22,7 +25,8 @@ from gemma_jax.model.transformer import Params, abstract_params
 LOSS_ROWS = 4096  # tokens whose logits exist at once; a row of 256,000 takes 1 MB
 
 LearningRate = float | optax.Schedule
-Metrics = dict[str, Array]
+Memories = tuple[dict[str, Array], ...]  # what the layers remember: `State.layers[i].memory`
+Metrics = dict[str, Any]
 
 
 @struct.dataclass
@@ -33,11 +37,30 @@ class Batch:
         tokens: what is read.
         targets: the token that comes next, e.g. `tokens` one place on.
         weights: how much each prediction counts; 0 masks it.
+        answers: whether a target is part of an answer, which is measured apart; none is by default.
     """
 
     tokens: Int[Array, "B T"]
     targets: Int[Array, "B T"]
     weights: Float[Array, "B T"]
+    answers: Bool[Array, "B T"] | None = None
+
+
+@struct.dataclass
+class Scores:
+    """What the predictions of a batch were worth. Of several batches: their sum.
+
+    Attributes:
+        loss: weighted sum of -log p(target) in nats.
+        answer_loss: the same of answers, each token counting 1.
+        answer_hits: how many of the answers' tokens were the likeliest.
+        answer_tokens: how many there are.
+    """
+
+    loss: Float[Array, ""]
+    answer_loss: Float[Array, ""]
+    answer_hits: Float[Array, ""]
+    answer_tokens: Float[Array, ""]
 
 
 def cross_entropy(
@@ -54,27 +77,46 @@ def cross_entropy(
     Products have operands of `hidden`'s dtype and float32 sums. The gradient is computed along with the
     loss, so that no logits are kept or computed twice; that of `head` is summed in float32.
     """
+    return scored_cross_entropy(hidden, head, targets, weights, softcap=softcap, rows=rows)[0]
+
+
+def scored_cross_entropy(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
+    *,
+    softcap: float | None = None,
+    rows: int = LOSS_ROWS,
+) -> tuple[Float[Array, ""], Float[Array, " N"], Bool[Array, " N"]]:
+    """`cross_entropy`, with -log p(target) and whether the target was the likeliest, token by token.
+
+    Only the first of the three has a gradient.
+    """
     slices = max(-(-hidden.shape[0] // rows), 1)
     pad = slices * rows - hidden.shape[0] if slices > 1 else 0
 
     def cut(x: Array) -> Array:
         return jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(slices, -1, *x.shape[1:])
 
-    return _cross_entropy(softcap, cut(hidden), head, cut(targets), cut(weights))
+    loss, nll, hits = _cross_entropy(softcap, cut(hidden), head, cut(targets), cut(weights))
+    return loss, *(x.reshape(-1)[: hidden.shape[0]] for x in (nll, hits))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(
     softcap: float | None, hidden: Array, head: Array, targets: Array, weights: Array
-) -> Array:
+) -> tuple[Array, Array, Array]:
     """Of slices [n, rows, ...]."""
     head = head.astype(hidden.dtype)
 
-    def step(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
+    def step(total: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         hidden, targets, weights = part
-        return total + _loss(softcap, _product("RD,VD->RV", hidden, head), targets, weights), None
+        loss, each = _loss(softcap, _product("RD,VD->RV", hidden, head), targets, weights)
+        return total + loss, each
 
-    return jax.lax.scan(step, jnp.float32(0), (hidden, targets, weights))[0]
+    total, each = jax.lax.scan(step, jnp.float32(0), (hidden, targets, weights))
+    return total, *each
 
 
 def _loss_and_gradients(softcap, hidden, head, targets, weights):
@@ -84,32 +126,36 @@ def _loss_and_gradients(softcap, hidden, head, targets, weights):
         total, of_head = carry
         hidden, targets, weights = part
         scores = _product("RD,VD->RV", hidden, small)
-        loss, slope = jax.value_and_grad(functools.partial(_loss, softcap))(
+        (loss, each), slope = jax.value_and_grad(functools.partial(_loss, softcap), has_aux=True)(
             scores, targets, weights
         )
         slope = slope.astype(hidden.dtype)
         of_hidden = _product("RV,VD->RD", slope, small).astype(hidden.dtype)
-        return (total + loss, of_head + _product("RV,RD->VD", slope, hidden)), of_hidden
+        return (total + loss, of_head + _product("RV,RD->VD", slope, hidden)), (of_hidden, each)
 
     start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
-    (total, of_head), of_hidden = jax.lax.scan(step, start, (hidden, targets, weights))
-    return total, (of_hidden, of_head.astype(head.dtype))
+    (total, of_head), (of_hidden, each) = jax.lax.scan(step, start, (hidden, targets, weights))
+    return (total, *each), (of_hidden, of_head.astype(head.dtype))
 
 
-def _scale_gradients(softcap, gradients, slope):
-    of_hidden, of_head = ((slope * x).astype(x.dtype) for x in gradients)
+def _scale_gradients(softcap, gradients, slopes):
+    of_hidden, of_head = ((slopes[0] * x).astype(x.dtype) for x in gradients)
     return of_hidden, of_head, None, None
 
 
 _cross_entropy.defvjp(_loss_and_gradients, _scale_gradients)
 
 
-def _loss(softcap: float | None, scores: Array, targets: Array, weights: Array) -> Array:
+def _loss(
+    softcap: float | None, scores: Array, targets: Array, weights: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    """Weighted sum of -log p(target); and each, with whether it was the likeliest."""
     scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
     # Not a gather, whose gradient would be a scatter into all logits.
     is_target = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) == targets[:, None]
     right = jnp.sum(jnp.where(is_target, scores, 0.0), axis=-1)
-    return jnp.sum(weights * (jax.nn.logsumexp(scores, axis=-1) - right))
+    nll = jax.nn.logsumexp(scores, axis=-1) - right
+    return jnp.sum(weights * nll), (nll, right >= jnp.max(scores, axis=-1))
 
 
 def _product(subscripts: str, x: Array, y: Array) -> Array:
@@ -120,7 +166,7 @@ def _product(subscripts: str, x: Array, y: Array) -> Array:
 def batch_loss(
     params: Params,
     batch: Batch,
-    state: State | None = None,
+    state: State | Memories | None = None,
     *,
     config: GemmaConfig,
     step_tokens: int | None = None,
@@ -130,28 +176,64 @@ def batch_loss(
 
     Args:
         params: float32 master weights; the layers compute with copies in `config.dtype`.
-        state: what was read before, every row at the start of a segment; new texts by default.
+        state: what was read before, every row at the start of a segment; with memories alone, a text
+            begins whose memory is not empty. New texts by default.
         step_tokens, remat: see `forward`.
     """
+    batch = batch.replace(weights=_shares(batch.weights))
+    options = {"config": config, "step_tokens": step_tokens, "remat": remat}
+    return score_batch(params, batch, state, **options)[0].loss
+
+
+def score_batch(
+    params: Params,
+    batch: Batch,
+    state: State | Memories | None,
+    *,
+    config: GemmaConfig,
+    step_tokens: int | None,
+    remat: Remat,
+) -> tuple[Scores, State]:
+    """The scores of a batch, weights as they are, and the State after it; arguments as `batch_loss`'s."""
     rows = batch.tokens.shape[0]
-    hidden, _ = forward(
-        compute_params(params, config),
+    if not isinstance(state, State):
+        state = start_state(config, rows, state)
+    params = compute_params(params, config)
+    hidden, state = forward(
+        params,
         batch.tokens,
-        init_state(config, rows) if state is None else state,
+        state,
         config=config,
         step_tokens=step_tokens,
         aligned=True,
         remat=remat,
     )
-    weights = batch.weights / jnp.maximum(jnp.sum(batch.weights), 1e-9)
-    embedder = params["embedder"]
-    return cross_entropy(
+    loss, nll, hits = scored_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
-        embedder["embedding" if config.tied_embeddings else "head"],
+        params["embedder"]["embedding" if config.tied_embeddings else "head"],
         batch.targets.reshape(-1),
-        weights.reshape(-1),
+        batch.weights.reshape(-1),
         softcap=config.final_softcap,
     )
+    answers = jnp.zeros_like(hits) if batch.answers is None else batch.answers.reshape(-1)
+
+    def total(x: Array) -> Array:
+        return jnp.sum(jnp.where(answers, x, 0), dtype=jnp.float32)
+
+    return Scores(loss, *(total(x) for x in (nll, hits, jnp.ones_like(nll)))), state
+
+
+def start_state(config: GemmaConfig, rows: int, memories: Memories | None = None) -> State:
+    """The State of texts that begin, with what their layers remember already if `memories` are given."""
+    state = init_state(config, rows)
+    if memories is None:
+        return state
+    layers = zip(state.layers, memories, strict=True)
+    return state.replace(layers=tuple(layer.replace(memory=memory) for layer, memory in layers))
+
+
+def _shares(weights: Array) -> Array:
+    return weights / jnp.maximum(jnp.sum(weights), 1e-9)
 
 
 def compute_params(params: Params, config: GemmaConfig) -> Params:
@@ -198,15 +280,11 @@ def make_optimizer(
 
 def _groups(params: Params) -> Params:
     """The group of each parameter."""
-    return jax.tree.map_with_path(lambda path, _: "memory" if _is_memory(path) else "model", params)
+    return jax.tree.map_with_path(lambda path, _: "memory" if is_memory(path) else "model", params)
 
 
 def _decays(params: Params) -> Params:
-    return jax.tree.map_with_path(lambda path, x: x.ndim > 1 and not _is_memory(path), params)
-
-
-def _is_memory(path: tuple[Any, ...]) -> bool:
-    return any(part.key == "memory" for part in path)
+    return jax.tree.map_with_path(lambda path, x: x.ndim > 1 and not is_memory(path), params)
 
 
 def make_train_step(
@@ -215,21 +293,109 @@ def make_train_step(
     *,
     step_tokens: int | None = None,
     remat: Remat = "layers",
+    accumulate: int = 1,
+    watch: bool = False,
 ) -> Callable[..., tuple[Params, Any, Metrics]]:
     """Makes the jitted step
 
-        params, optimizer_state, metrics = step(params, optimizer_state, batch, state=None)
+        params, optimizer_state, metrics = step(
+            params, optimizer_state, batch, state=None, frozen=None, rate=1.0)
 
     Parameters (float32) and the optimiser's state (`optimizer.init(params)`) are consumed; `state` is
-    as in `batch_loss`. Metrics are scalars: `loss`, and `gradient_norm` before clipping.
+    as in `batch_loss`, and memories alone with `accumulate` above 1. `frozen` is the rest of a model of
+    which `params` are a part, see `adapting.join`; `rate` multiplies the learning rates. A step whose
+    loss or gradient is not finite changes nothing.
+
+    Metrics are scalars: `loss`, and `gradient_norm` before clipping. With `watch` also
+
+        answer_loss, answer_accuracy    of the batch's answers, by token; NaN where it has none
+        answer_tokens                   how many those are
+        gradient_norms                  by layer, or other part of the tree
+        finite                          by layer: whether its memory and window are, after the batch
+        read                            mean size of the read gates, by layer that has memory
+        written                         share of tokens written, likewise, of rules that count them
+        memories                        what is remembered after the batch
+
+    Args:
+        step_tokens, remat: see `forward`.
+        accumulate: in how many parts, one after the other, a batch's rows go through the model.
+        watch: whether to measure all that.
     """
-    loss = functools.partial(batch_loss, config=config, step_tokens=step_tokens, remat=remat)
+    options = {"config": config, "step_tokens": step_tokens, "remat": remat}
+
+    def scores(params, frozen, batch, state):
+        joined = params if frozen is None else join(frozen, params)
+        found, after = score_batch(joined, batch, state, **options)
+        finite = jnp.stack([_all_finite(layer) for layer in after.layers])
+        return found.loss, (found, finite, tuple(layer.memory for layer in after.layers))
+
+    slope = jax.grad(scores, has_aux=True)
+
+    def gradient(params, frozen, batch, state):
+        if accumulate == 1:
+            return slope(params, frozen, batch, state)
+
+        def add(total, part):
+            found, (scores, *after) = slope(params, frozen, *part)
+            return jax.tree.map(jnp.add, total, (found, scores)), after
+
+        zeros = jax.tree.map(jnp.zeros_like, params), Scores(*[jnp.float32(0)] * 4)
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (batch, state))
+        (found, scores), (finite, memories) = jax.lax.scan(add, zeros, parts)
+        memories = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), memories)
+        return found, (scores, finite.all(axis=0), memories)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(params, optimizer_state, batch, state=None):
-        value, gradients = jax.value_and_grad(loss)(params, batch, state)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
-        metrics = {"loss": value, "gradient_norm": optax.global_norm(gradients)}
-        return optax.apply_updates(params, updates), optimizer_state, metrics
+    def train_step(params, optimizer_state, batch, state=None, frozen=None, rate=1.0):
+        batch = batch.replace(weights=_shares(batch.weights))
+        gradients, (scores, finite, memories) = gradient(params, frozen, batch, state)
+        norm = optax.global_norm(gradients)
+        sound = jnp.isfinite(scores.loss) & jnp.isfinite(norm)
+        updates, new_state = optimizer.update(gradients, optimizer_state, params)
+        updates = jax.tree.map(lambda x: jnp.where(sound, rate * x, 0), updates)
+        new_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old), new_state, optimizer_state
+        )
+        metrics = {"loss": scores.loss, "gradient_norm": norm}
+        if watch:
+            joined = params if frozen is None else join(frozen, params)
+            metrics |= _watched(scores, gradients) | {"finite": finite, "memories": memories}
+            metrics |= _watched_memory(config, joined, state, memories)
+        return optax.apply_updates(params, updates), new_state, metrics
 
     return train_step
+
+
+def _watched(scores: Scores, gradients: Params) -> Metrics:
+    return {
+        "answer_loss": scores.answer_loss / scores.answer_tokens,
+        "answer_accuracy": scores.answer_hits / scores.answer_tokens,
+        "answer_tokens": scores.answer_tokens,
+        "gradient_norms": {name: optax.global_norm(part) for name, part in gradients.items()},
+    }
+
+
+def _watched_memory(
+    config: GemmaConfig, params: Params, before: State | Memories | None, memories: Memories
+) -> Metrics:
+    rows = jax.tree.leaves(memories)[0].shape[0] if jax.tree.leaves(memories) else 1
+    if not isinstance(before, State):
+        before = start_state(config, rows, before)
+    layers = inspect(params, start_state(config, rows, memories), config=config)
+    found: Metrics = {}
+    if layers and all("read" in layer for layer in layers.values()):
+        found["read"] = jnp.stack([jnp.mean(jnp.abs(layer["read"])) for layer in layers.values()])
+    if layers and all("offered" in layer for layer in layers.values()):
+        shares = [_share_written(before.layers[i].memory, layers[i]) for i in layers]
+        found["written"] = jnp.stack(shares)
+    return found
+
+
+def _share_written(before: dict[str, Array], after: dict[str, Array]) -> Array:
+    """Of all rows and heads; the memory's own counts go on from text to text."""
+    written, offered = (jnp.sum(after[name] - before[name]) for name in ("written", "offered"))
+    return written / jnp.maximum(offered, 1.0)
+
+
+def _all_finite(tree: Any) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()

@@ -166,7 +166,8 @@ def test_groups_have_their_learning_rates_and_decay():
     params = jax.tree.map(jnp.ones_like, random_params(small(rule="gated_delta")))
     gradients = jax.tree.map(lambda leaf: 0.001 * jnp.ones_like(leaf), params)
     optimizer = make_optimizer(0.1, lambda step: 0.5, weight_decay=0.01)
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    update = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))
+    updates, _ = update(gradients, params)
     layer = updates["layers_0"]
     # Adam's first step is the gradient's sign; decay is added to it.
     for leaf, wanted in (

@@ -1,0 +1,451 @@
+"""The command: options to a model, data and a plan; the run; and what it makes."""
+
+import argparse
+import dataclasses
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma_jax.config import PRESETS, GemmaConfig
+from gemma_jax.errors import CorruptError, InputError, UsageError
+from gemma_jax.train import options as command_line
+
+MEMORY_SHARE = "0.94"  # of the device for JAX, which takes three quarters of it by itself
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # no atomics, and no choice of kernels by timing
+DEFAULT_RULE = "gated_delta"
+SHIPPED = "books"  # in place of a file: the public-domain books that come with the package
+MOST_WORKERS = 4  # each makes more than a million tokens a second
+CARRIED_ROWS = 32  # memories kept for later sequences
+IDS = "ids"  # what a checkpoint calls the files of tokens that its run reads
+SHAPE = ("model", "preset", "config", "train", "rank", "memory", "segment_length")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    from gemma_jax.inference.console import run_command
+
+    found: list[argparse.Namespace] = []
+    code = run_command(lambda: found.append(command_line.parse(arguments)))
+    if not found:
+        return code
+    options = found[0]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_SHARE)
+    if options.deterministic:  # before JAX looks
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
+    return run_command(lambda: train(options), debug=options.debug)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Trains, and writes what was trained; says on standard error what is going on."""
+    check(options)
+    from gemma_jax.cache import keep_compiled_programs
+    from gemma_jax.inference.console import Console
+
+    console = Console(quiet=options.quiet)
+    keep_compiled_programs()
+    output = Path(options.output).expanduser().absolute()
+    config, params, tokenizer, home = make_model(options)
+    directory = run_directory(options)
+    try:
+        mixture, probes = make_data(options, config, tokenizer, directory, console.show)
+        run, what = make_run(options, config, params, mixture, probes, directory, console)
+        del params
+        console.line(describe(run, mixture, what))
+        ended = run.go()
+    finally:
+        console.end_progress()
+    if ended == "stopped":
+        console.line(f"saved at step {run.progress.step}: continue with --resume.")
+        return
+    write(options, output, config, run, what, home)
+    console.line(f"written to {output}; {directory} holds log.csv and progress.png.")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises what is wrong with the options before anything long begins."""
+    from gemma_jax import tasks
+    from gemma_jax.train import result
+
+    if not (options.model or options.preset or options.config):
+        raise UsageError(
+            "There is nothing to train: give --model DIR, --preset NAME or --config FILE."
+        )
+    if not options.output:
+        raise UsageError("There is no place for what is learnt: give --output DIR.")
+    if (options.steps is None) == (options.minutes is None):
+        raise UsageError("The budget is --steps N or --minutes M: give one of them.")
+    if not options.data:
+        raise UsageError("There is nothing to learn from: give --data, e.g. text:book.txt.")
+    scratch = not options.model
+    options.train = options.train or ("all" if scratch else "memory")
+    if scratch and options.train != "all":
+        raise UsageError(
+            f"--train {options.train} needs a model that was trained: give --model DIR."
+        )
+    if scratch and not options.tokenizer:
+        raise UsageError("A model from scratch needs a tokenizer: give --tokenizer DIR.")
+    if options.tokenizer and not scratch:
+        raise UsageError("--tokenizer is for models from scratch: a checkpoint has its own.")
+    for kind, what, _ in options.data:
+        if kind == "task":
+            tasks.make(what, forms="train", keys="train")
+        else:
+            matches(what)
+    only_text = all(kind == "text" for kind, _, _ in options.data)
+    if only_text and not options.language_weight:
+        raise UsageError(
+            "--language-weight is 0, and there are only texts: nothing would be learnt."
+        )
+    filler(options)
+    if options.probe_lengths and not any(kind == "task" for kind, _, _ in options.data):
+        raise UsageError("--probe-lengths measures recall of tasks: name one in --data.")
+    if options.overwrite and options.resume:
+        raise UsageError("--overwrite begins again, and --resume goes on: choose one of them.")
+    replaces = options.overwrite or options.resume
+    result.require_place(Path(options.output).expanduser().absolute(), replaces)
+
+
+def matches(pattern: str) -> list[Path]:
+    """The files of `text:` and `jsonl:`, in order; `books` are those that come with the package.
+
+    Raises:
+        InputError: there are none.
+    """
+    from gemma_jax.tasks.haystacks import shipped
+
+    found: list[Path] = []
+    for part in pattern.split(","):
+        names = sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
+        files = [Path(name) for name in names if Path(name).is_file()]
+        if part == SHIPPED and not files:
+            files = [Path(name) for name in shipped("train")]
+        if not files:
+            raise InputError(f"{part} does not exist: name files to learn from.")
+        found += files
+    return found
+
+
+def filler(options: argparse.Namespace) -> list[Path]:
+    """The files that tasks hide their facts in: those named, or the texts, or the package's books."""
+    texts = [what for kind, what, _ in options.data if kind == "text"]
+    return [file for what in options.filler or texts or [SHIPPED] for file in matches(what)]
+
+
+# --- model ----------------------------------------------------------------------------------------
+
+
+def make_model(options: argparse.Namespace) -> tuple[GemmaConfig, Any, Any, Path]:
+    """Configuration, parameters, tokenizer, and the directory the tokenizer came from."""
+    import jax
+
+    from gemma_jax.checkpoint import store
+    from gemma_jax.model.memory import make_rule
+    from gemma_jax.model.transformer import init_params
+    from gemma_jax.text import load_tokenizer
+
+    settings = {
+        name: getattr(options, name) for name in ("segment_length", "local_attention", "write_gate")
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if options.model:
+        recorded = store.read_config(options.model, memory=options.memory)
+        rule = options.memory or recorded.memory.rule
+        rule = DEFAULT_RULE if rule == "off" and not options.memory else rule
+        config = recorded.with_memory(rule=rule, **settings)
+        if config.quantized and options.train != "memory":
+            raise UsageError(
+                f"{options.model} is quantised, so only its memory can be trained: convert it without"
+                " --quantize for --train " + options.train + "."
+            )
+        require_parameters(options, config)
+        model = store.load(options.model, memory=rule, dtype=options.dtype)
+        config = dataclasses.replace(model.config, memory=config.memory)
+        return config, model.params, model.tokenizer, model.path
+    config = PRESETS[options.preset] if options.preset else read_config(Path(options.config))
+    rule = options.memory or (config.memory.rule if options.config else DEFAULT_RULE)
+    config = config.with_memory(rule=rule, **settings)
+    config = dataclasses.replace(config, dtype=options.dtype or config.dtype, quantization=None)
+    make_rule(config)
+    home = Path(options.tokenizer)
+    tokenizer = load_tokenizer(home)
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"The tokenizer of {home} has {len(tokenizer)} tokens, and the model's vocabulary"
+            f" {config.vocab_size}: choose a tokenizer or a --config that belong together."
+        )
+    return config, jax.jit(init_params, static_argnums=0)(config, _key(options)), tokenizer, home
+
+
+def read_config(file: Path) -> GemmaConfig:
+    """A `GemmaConfig` as `to_json` writes it."""
+    try:
+        return GemmaConfig.from_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be read ({error.strerror}): name a GemmaConfig."
+        ) from error
+
+
+def require_parameters(options: argparse.Namespace, config: GemmaConfig) -> None:
+    """Raises `UsageError` when a rule has nothing that could be trained."""
+    from gemma_jax.model.memory import make_rule
+
+    if options.train == "memory" and not make_rule(config).params():
+        raise UsageError(
+            f"Memory rule {config.memory.rule} has no parameters to train: choose another --memory, or"
+            " --train all."
+        )
+
+
+def _key(options: argparse.Namespace) -> Any:
+    import jax
+
+    return jax.random.key(options.seed)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def make_data(
+    options: argparse.Namespace, config: GemmaConfig, tokenizer: Any, directory: Path, tell: Any
+) -> tuple[Any, list[Any]]:
+    """The mixture of what is read, and the probes that measure recall."""
+    from gemma_jax.text import batch_encoder
+    from gemma_jax.train import corpus, sources
+    from gemma_jax.train.data import Mixture
+    from gemma_jax.train.probe import Probe
+
+    cache, end_id = directory / "ids", (config.eos_ids or (config.bos_id,))[0]
+
+    def text(file: Path) -> corpus.Text:
+        def told(file: Path, ids: int) -> None:
+            tell(f"tokenizing {file.name}, {ids} tokens", ids, None)
+
+        return corpus.tokenize_text(file, tokenizer, cache, told)
+
+    def make(kind: str, what: str) -> list[Any]:
+        weight = options.language_weight
+        if kind == "task":
+            hay = tuple(text(file) for file in filler(options))
+            encode, reach = batch_encoder(tokenizer), config.memory.reach
+            task = (what, hay, encode, config.bos_id, weight, options.density, reach)
+            return [sources.TaskSource(*task)]
+        if kind == "text":
+            texts = tuple(text(file) for file in matches(what))
+            return [sources.TextSource(texts, config.bos_id, weight)]
+        ids = {"bos_id": config.bos_id, "end_id": end_id}
+        found = [corpus.tokenize_jsonl(file, tokenizer, cache, **ids) for file in matches(what)]
+        return [
+            sources.RecordSource(some)
+            if isinstance(some, corpus.Records)
+            else sources.TextSource((some,), config.bos_id, weight)
+            for some in found
+        ]
+
+    made, weights = [], []
+    for kind, what, weight in options.data:
+        some = make(kind, what)
+        made += some
+        weights += [weight / len(some)] * len(some)
+    mixture = Mixture(
+        sources=tuple(made),
+        weights=tuple(weights),
+        seed=options.seed,
+        segment_length=config.memory.segment_length,
+        segments=options.segments,
+        tokens_per_step=options.tokens_per_step,
+        parts=options.accumulate,
+        growth=options.growth,
+        short_share=options.short_share,
+        carry=options.carry,
+        carried_rows=CARRIED_ROWS if options.carry and config.memory.rule != "off" else 0,
+    )
+    mixture.check()
+    lengths = tuple(options.probe_lengths or ())
+    asked = [source for source in made if isinstance(source, sources.TaskSource)] if lengths else []
+    probes = [Probe(source, lengths, options.probe_questions) for source in asked]
+    for probe in probes:
+        probe.check()
+    return mixture, probes
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def run_directory(options: argparse.Namespace) -> Path:
+    output = Path(options.output).expanduser().absolute()
+    return Path(options.run_dir or f"{output}.training").expanduser().absolute()
+
+
+def make_run(
+    options: argparse.Namespace,
+    config: GemmaConfig,
+    params: Any,
+    mixture: Any,
+    probes: list[Any],
+    directory: Path,
+    console: Any,
+) -> tuple[Any, str]:
+    """The run, at its beginning or at its last checkpoint, and what it trains."""
+    import jax
+
+    from gemma_jax.model.adapting import split
+    from gemma_jax.train.loop import Plan, Run
+    from gemma_jax.train.saving import Checkpoints
+
+    trained, frozen = split(
+        params, options.train, rank=options.rank, key=jax.random.fold_in(_key(options), 1)
+    )
+    rate = options.learning_rate
+    plan = Plan(
+        steps=options.steps,
+        minutes=options.minutes,
+        learning_rate=rate,
+        memory_learning_rate=options.memory_learning_rate or rate,
+        weight_decay=options.weight_decay,
+        clip_norm=options.clip_norm,
+        b1=options.b1,
+        b2=options.b2,
+        moment_dtype=options.moment_dtype,
+        warmup=options.warmup,
+        schedule=options.schedule,
+        final_rate=options.final_rate,
+        accumulate=options.accumulate,
+        chunk_tokens=options.chunk_tokens,
+        remat=None if options.remat == "nothing" else options.remat,
+        log_steps=options.log_steps,
+        probe_steps=options.probe_steps,
+        checkpoint_minutes=options.checkpoint_minutes,
+        checkpoint_steps=options.checkpoint_steps,
+        stop_minutes=options.stop_after,
+    )
+    checkpoints = Checkpoints(directory / "checkpoints", options.keep)
+    begun_with = {
+        name: value for name, value in vars(options).items() if name not in command_line.PER_RUN
+    }
+    begun_with[IDS] = mixture.files
+    run = Run(
+        config,
+        trained,
+        frozen,
+        mixture,
+        plan,
+        directory,
+        checkpoints=checkpoints,
+        options=begun_with,
+        probes=probes,
+        workers=workers(options),
+        tell=console.show,
+    )
+    checkpoints.clean()
+    if checkpoints.steps() and not (options.resume or options.overwrite):
+        raise UsageError(
+            f"{directory} holds a run: go on with it by --resume, or begin again with --overwrite."
+        )
+    if options.overwrite:
+        checkpoints.remove_all()
+    if options.resume:
+        resume(run, checkpoints, begun_with, console)
+    return run, options.train
+
+
+def resume(run: Any, checkpoints: Any, options: dict[str, Any], console: Any) -> None:
+    """Takes up the last checkpoint that can be read; without any, the run begins."""
+    for step in reversed(checkpoints.steps()):
+        try:
+            begun_with = checkpoints.options(step)
+            warn_of_changes(begun_with, options, console)
+            run.resume(step)
+        except CorruptError as error:
+            console.warning(str(error))
+            continue
+        console.line(f"going on after step {step}.")
+        return
+
+
+def warn_of_changes(begun_with: dict[str, Any], options: dict[str, Any], console: Any) -> None:
+    """Says in which options a run goes on otherwise than it began.
+
+    Raises:
+        UsageError: the model, or what is trained of it, is another one.
+    """
+    import json
+
+    options = json.loads(json.dumps(options))  # tuples are lists on disk
+    for name, value in options.items():
+        before = begun_with.get(name)
+        if before == value:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if name == IDS:
+            console.warning("the files that are learnt from are others than when the run began.")
+            continue
+        if name in SHAPE:
+            raise UsageError(
+                f"The run began with {option} {before}, and is now given {value}: give what it began"
+                " with, or choose another --output."
+            )
+        console.warning(
+            f"the run began with {option} {before}, and goes on with {value}: it is no longer the run"
+            " that it would have been."
+        )
+
+
+def workers(options: argparse.Namespace) -> int:
+    """Processes that make batches: all cores but two, which feed the device."""
+    if options.data_workers is not None:
+        return options.data_workers
+    return max(0, min(MOST_WORKERS, (os.cpu_count() or 1) - 2))
+
+
+def describe(run: Any, mixture: Any, what: str) -> str:
+    """What begins now, in one line."""
+    import jax
+
+    count = sum(leaf.size for leaf in jax.tree.leaves(run.progress.trained))
+    lengths = ", ".join(f"{mixture.rows(length)} x {length}" for length in mixture.lengths)
+    return f"training {what}: {count:,} parameters; batches of {lengths} tokens."
+
+
+def write(
+    options: argparse.Namespace, output: Path, config: GemmaConfig, run: Any, what: str, home: Path
+) -> None:
+    """Writes the checkpoint or the adapter."""
+    from gemma_jax.train import result
+
+    progress = run.progress
+    training = {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": round(progress.seconds, 1),
+        "options": public(options),
+    }
+    if what == "all":
+        result.write_model(output, config, progress.trained, home, training)
+    else:
+        result.write_adapter(
+            output, config, progress.trained, run.frozen, what, training, options.adapter_dtype
+        )
+
+
+def public(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that what was learnt depends on, with the names of files and not their places."""
+
+    def names(pattern: str) -> str:
+        return ",".join(Path(part).name for part in pattern.split(","))
+
+    found = {
+        name: value
+        for name, value in vars(options).items()
+        if value is not None and name not in command_line.PER_RUN
+    }
+    for name in ("model", "config", "tokenizer"):
+        if name in found:
+            found[name] = names(found[name])
+    if "filler" in found:
+        found["filler"] = [names(pattern) for pattern in found["filler"]]
+    found["data"] = [(kind, names(what), weight) for kind, what, weight in found["data"]]
+    return found

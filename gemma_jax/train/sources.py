@@ -1,0 +1,271 @@
+"""What sequences are made of: texts, prompts with answers, and tasks hidden in texts.
+
+A source makes a `Row` of any length from a random generator: equal generators make equal rows. It
+holds paths and settings only, so other processes can be given it; what it reads is mapped into memory
+when it is first used. `shortest` is the least length that makes sense, `files` names what it reads.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_jax import tasks
+from gemma_jax.errors import UsageError
+from gemma_jax.tasks.base import Episode, Task
+from gemma_jax.text import BatchEncoder
+from gemma_jax.train.corpus import Haystack, RecordBook, Records, Text
+
+MOST_QUESTIONS = 64  # of an episode
+SHARE_OF_ITEMS = 0.7  # of a sequence at most; the rest is haystack
+NEAR = 0.25  # share of the questions asked within local attention's reach of their fact
+SEEDS = 2**31  # of episodes
+TRIES = 16  # to find an episode that is not too long
+
+
+@dataclasses.dataclass
+class Row:
+    """A sequence, BOS included.
+
+    Attributes:
+        ids: [T] int32.
+        weights: [T] float32, how much it counts that each is predicted.
+        answers: [T] bool, whether it belongs to an answer.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+    answers: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSource:
+    """Stretches of texts, each after a BOS."""
+
+    texts: tuple[Text, ...]
+    bos_id: int
+    language_weight: float
+
+    @property
+    def files(self) -> list[str]:
+        return [text.ids.name for text in self.texts]
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest sequence that can be made."""
+        return 2
+
+    def row(self, rng: np.random.Generator, length: int) -> Row:
+        ids, _ = _haystack(self.texts).cut(rng, length - 1)
+        weights = np.full(length, self.language_weight, np.float32)
+        return Row(_joined([[self.bos_id], ids]), weights, np.zeros(length, bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordSource:
+    """Prompts with their answers, as many whole ones as fit, then padding; the answers count."""
+
+    records: Records
+
+    @property
+    def files(self) -> list[str]:
+        return [self.records.ids.name]
+
+    @property
+    def shortest(self) -> int:
+        return _record_book(self.records).shortest
+
+    def row(self, rng: np.random.Generator, length: int) -> Row:
+        book = _record_book(self.records)
+        row = Row(np.zeros(length, np.int32), np.zeros(length, np.float32), np.zeros(length, bool))
+        at = 0
+        while (drawn := book.draw(rng, length - at)) is not None:
+            ids, answer = drawn
+            row.ids[at : at + len(ids)] = ids
+            row.answers[at + answer : at + len(ids)] = True
+            at += len(ids)
+        row.weights[row.answers] = 1.0
+        return row
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSource:
+    """Facts hidden in stretches of texts, and questions about them with their answers.
+
+    A question stands anywhere behind the last of the facts it takes: near ones are learnt first, far
+    ones are what memory is for. The last one stands near the end, not always at it.
+
+    Attributes:
+        name: of the task.
+        density: questions for 1,000 tokens, on average.
+        reach: tokens that local attention sees exactly.
+        forms, keys: which sentence forms and keys the task may use, as `gemma_jax.tasks.make` has it.
+    """
+
+    name: str
+    texts: tuple[Text, ...]
+    encode: BatchEncoder
+    bos_id: int
+    language_weight: float
+    density: float
+    reach: int
+    forms: str = "train"
+    keys: str = "train"
+
+    @property
+    def files(self) -> list[str]:
+        return [text.ids.name for text in self.texts]
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of a sequence that has room for most questions; sampled."""
+        tokens = [_Items(self, seed, [0.0]).tokens for seed in range(TRIES)]
+        return 2 + int(np.median(tokens))
+
+    @functools.cached_property
+    def task(self) -> Task:
+        return tasks.make(self.name, forms=self.forms, keys=self.keys)
+
+    @property
+    def most_questions(self) -> int:
+        """About one text."""
+        return self.task.most_questions or MOST_QUESTIONS
+
+    def row(self, rng: np.random.Generator, length: int) -> Row:
+        wanted = max(1, round(self.density * length / 1000 * rng.uniform(0.5, 1.5)))
+        spans = -(-wanted // self.most_questions)
+        parts: list[tuple[Any, bool]] = [([self.bos_id], False)]
+        filled = 1
+        for i in range(spans):
+            room = (length - filled) // (spans - i)
+            parts += self._span(rng, room, max(1, wanted // spans), last=i == spans - 1)
+            filled += room
+        ids = _joined([part for part, _ in parts])
+        answers = np.repeat([is_answer for _, is_answer in parts], [len(part) for part, _ in parts])
+        weights = np.where(answers, 1.0, self.language_weight).astype(np.float32)
+        return Row(ids, weights, answers)
+
+    def _span(
+        self, rng: np.random.Generator, length: int, wanted: int, *, last: bool
+    ) -> list[tuple[Any, bool]]:
+        """One episode in exactly `length` tokens: pieces of ids, and whether they are an answer."""
+        items = self._that_fit(rng, length, np.sort(rng.uniform(0, 1, wanted)))
+        if items is None:
+            return [(_haystack(self.texts).cut(rng, length)[0], False)]
+        room = length - items.tokens
+        tail = min(int(rng.integers(self.reach // 2 + 1)), room // 4) if last else 0
+        places = items.places(rng, room - tail, self.reach)
+        hay, starts = _haystack(self.texts).cut(rng, room)
+        parts: list[tuple[Any, bool]] = [(items.opening, False)]
+        put, done = items.parts, 0
+        for i in np.argsort(places, kind="stable"):
+            at = _at_sentence(starts, int(places[i]), done)
+            parts += [(hay[done:at], False), *put[i]]
+            done = at
+        return [*parts, (hay[done:], False)]
+
+    def asked_at_the_end(
+        self, rng: np.random.Generator, length: int, questions: int, beyond: int
+    ) -> tuple[np.ndarray, list[tuple[list[int], list[int]]]]:
+        """A text [length] to be read once, and questions about it with their answers, as ids.
+
+        What they take stands more than `beyond` tokens from the end, where the text is long enough.
+
+        Raises:
+            UsageError: the text is too short for a question.
+        """
+        depths = np.sort(rng.uniform(0, max(length - beyond, 0) / length or 1.0, questions))
+        items = self._that_fit(rng, length - 1, depths)
+        if items is None:
+            raise UsageError(
+                f"{length} tokens are too few to ask about {self.name}: choose longer --probe-lengths."
+            )
+        room = length - 1 - items.tokens_read
+        hay, starts = _haystack(self.texts).cut(rng, room)
+        parts: list[Any] = [[self.bos_id], items.opening]
+        done = 0
+        for fact, depth in zip(items.facts, items.depths, strict=True):
+            at = _at_sentence(starts, int(depth * room), done)
+            parts += [hay[done:at], fact]
+            done = at
+        return _joined([*parts, hay[done:]]), items.asked
+
+    def _that_fit(
+        self, rng: np.random.Generator, length: int, depths: np.ndarray
+    ) -> "_Items | None":
+        """The items of an episode with as many of the depths as there is room for; None: not one.
+
+        Episodes are of different lengths, so a few are tried.
+        """
+        for _ in range(TRIES):
+            items = _Items(self, int(rng.integers(SEEDS)), depths.tolist())
+            if items.tokens <= (length if len(depths) == 1 else SHARE_OF_ITEMS * length):
+                return items
+            depths = depths[::2]
+        return None
+
+
+class _Items:
+    """What of an episode is put into a haystack, as ids: facts, and questions with their answers.
+
+    Attributes:
+        opening: stands before everything.
+        facts: in their order, with their `depths`.
+        asked: questions and their answers.
+        tokens: of all that; `tokens_read` without what is asked.
+    """
+
+    def __init__(self, source: TaskSource, seed: int, depths: list[float]):
+        self._episode: Episode = source.task.episode(seed, depths)
+        facts, asked = self._episode.facts, self._episode.questions
+        texts = [self._episode.opening, *(fact.text for fact in facts)]
+        texts += [question.text for question in asked]
+        texts += [question.reply for question in asked]
+        ids = source.encode(texts)
+        self.opening = ids[0]
+        questions_at, answers_at = 1 + len(facts), 1 + len(facts) + len(asked)
+        self.facts = ids[1:questions_at]
+        self.depths = [fact.depth for fact in facts]
+        self.asked = list(zip(ids[questions_at:answers_at], ids[answers_at:], strict=True))
+        self.tokens = sum(map(len, ids))
+        self.tokens_read = sum(map(len, ids[:questions_at]))
+
+    @property
+    def parts(self) -> list[list[tuple[Any, bool]]]:
+        """Facts and what is asked, each in pieces of ids, and whether these are an answer."""
+        asked = [[(question, False), (answer, True)] for question, answer in self.asked]
+        return [[(fact, False)] for fact in self.facts] + asked
+
+    def places(self, rng: np.random.Generator, room: int, reach: int) -> np.ndarray:
+        """How much haystack, of `room` tokens, stands before each of `parts`."""
+        facts = np.array(self.depths) * room
+        asked = []
+        for question in self._episode.questions:
+            known = max((facts[i] for i in question.facts), default=0.0)
+            end = min(room, known + reach) if rng.uniform() < NEAR else room
+            asked.append(rng.uniform(known, end))
+        if asked:
+            asked[int(rng.integers(len(asked)))] = room
+        return np.concatenate([facts, np.array(asked)])
+
+
+def _at_sentence(starts: np.ndarray, place: int, low: int) -> int:
+    """The last sentence start at or before a place, and not before `low`."""
+    index = int(np.searchsorted(starts, place, side="right")) - 1
+    return max(low, int(starts[index]) if index >= 0 else 0)
+
+
+def _joined(parts: Sequence[Any]) -> np.ndarray:
+    return np.concatenate([np.asarray(part, np.int32) for part in parts])
+
+
+@functools.lru_cache(maxsize=4)
+def _haystack(texts: tuple[Text, ...]) -> Haystack:
+    return Haystack(texts)
+
+
+@functools.lru_cache(maxsize=16)
+def _record_book(records: Records) -> RecordBook:
+    return RecordBook(records)

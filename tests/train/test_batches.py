@@ -1,0 +1,223 @@
+"""Batches: pure in the seed and the step, of constant size, and true to what they are made of."""
+
+import argparse
+import dataclasses
+import json
+import lzma
+import re
+
+import numpy as np
+import pytest
+
+from gemma_jax.errors import InputError, UsageError
+from gemma_jax.text import batch_encoder
+from gemma_jax.train import command, corpus, sources
+from gemma_jax.train.data import FRESH, Feeder, Mixture, choose_length, make_batch
+
+BOS = 2
+TASKS = ("passkey", "niah_multikey_1", "niah_multivalue", "variable_tracking", "babilong_qa3")
+
+
+@pytest.fixture
+def make_task(book, tokenizer):
+    def make(name="passkey", density=8.0):
+        return sources.TaskSource(name, (book,), batch_encoder(tokenizer), BOS, 0.25, density, 256)
+
+    return make
+
+
+@pytest.fixture
+def mixture(book, make_task):
+    text = sources.TextSource((book,), BOS, 0.25)
+    return Mixture(
+        sources=(text, make_task()),
+        weights=(1.0, 3.0),
+        seed=7,
+        segment_length=128,
+        segments=(4, 16),
+        tokens_per_step=8192,
+        carry=0.5,
+        carried_rows=4,
+    )
+
+
+def same(one, other):
+    fields = [field.name for field in dataclasses.fields(one)]
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in fields)
+
+
+def test_a_batch_depends_on_seed_step_and_progress_alone(mixture):
+    first = make_batch(mixture, 3, 0.5)
+    assert same(first, make_batch(dataclasses.replace(mixture), 3, 0.5))
+    assert not same(first, make_batch(mixture, 4, 0.5))
+    assert not same(first, make_batch(dataclasses.replace(mixture, seed=8), 3, 0.5))
+
+
+def test_other_processes_make_the_same_batches(mixture):
+    def first(workers):
+        with Feeder(mixture, 5, lambda step: step / 100, workers) as batches:
+            return [next(batches) for _ in range(3)]
+
+    for one, other in zip(first(0), first(2), strict=True):
+        assert same(one, other)
+
+
+def test_a_step_always_reads_as_many_tokens(mixture):
+    assert mixture.lengths == (512, 1024, 2048)
+    shapes = {make_batch(mixture, step, 1.0).weights.shape for step in range(20)}
+    assert shapes == {(16, 512), (8, 1024), (4, 2048)}
+
+
+def test_rows_are_a_multiple_of_the_parts(mixture):
+    odd = dataclasses.replace(mixture, parts=3, tokens_per_step=3 * 2048 + 600)
+    assert [odd.rows(length) for length in odd.lengths] == [12, 6, 3]
+
+
+def test_sequences_grow_and_short_ones_stay(mixture):
+    def share_of(length, progress):
+        return np.mean([choose_length(mixture, step, progress) == length for step in range(200)])
+
+    assert share_of(512, 0.0) == 1.0
+    assert share_of(1024, 0.35) > 0.8 and share_of(2048, 0.35) == 0.0
+    assert share_of(2048, 1.0) > 0.7 and 0.05 < share_of(512, 1.0) < 0.2
+    at_once = dataclasses.replace(mixture, growth=0.0, short_share=0.0)
+    assert choose_length(at_once, 0, 0.0) == 2048
+
+
+def test_some_sequences_start_from_a_kept_memory(mixture):
+    start = np.concatenate([make_batch(mixture, step, 1.0).start for step in range(40)])
+    assert 0.4 < np.mean(start != FRESH) < 0.6 and set(start) == {FRESH, 0, 1, 2, 3}
+    never = dataclasses.replace(mixture, carried_rows=0)
+    assert (make_batch(never, 0, 1.0).start == FRESH).all()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_answers_follow_their_questions_and_come_after_the_facts(make_task, tokenizer, name):
+    source, asked_far, asked_near = make_task(name), 0, 0
+    for seed in range(6):
+        row = source.row(np.random.default_rng(seed), 4096)
+        assert row.ids.shape == row.answers.shape == (4096,) and row.ids[0] == BOS
+        np.testing.assert_array_equal(row.weights, np.where(row.answers, 1.0, 0.25))
+        edges = np.flatnonzero(np.diff(row.answers.astype(int))) + 1
+        assert len(edges) >= 2 and len(edges) % 2 == 0
+        for start, end in edges.reshape(-1, 2):
+            answer, before = (tokenizer.decode(row.ids[a:b]) for a, b in ((start, end), (0, start)))
+            question = before[before.rindex("\n\n") :]
+            assert answer.endswith(".") and re.search(r"\S$", question)
+            told = before[: -len(question)]
+            for value in answer.strip(" .").split(", "):
+                assert value in told, (question, answer)
+            distance = len(tokenizer(told[told.rindex(value) :])["input_ids"])
+            asked_near += distance < 256
+            asked_far += distance > 512
+        assert edges[-1] > 4096 - 256 // 2 - 40  # the last question is near the end
+    assert asked_near and asked_far
+
+
+def test_facts_stand_between_whole_sentences_of_one_stretch(make_task, tokenizer, home):
+    row = make_task(density=1.0).row(np.random.default_rng(0), 2048)
+    text = tokenizer.decode(row.ids[1:])
+    pieces = [piece for piece in re.split(r"(?<=[.])(?= )", text) if not re.search(r"\d{5}", piece)]
+    book = (home / "book.txt").read_text()
+    pieces = [piece for piece in pieces[3:-1] if piece.strip() and "\n" not in piece]
+    assert len(pieces) > 50 and sum(piece in book for piece in pieces) > 0.9 * len(pieces)
+
+
+def test_more_questions_than_a_text_can_have_are_spread_over_several(make_task):
+    source = make_task()
+    assert source.most_questions < 8 * 16_384 / 1000
+    row = source.row(np.random.default_rng(0), 16_384)
+    assert np.sum(np.diff(row.answers.astype(int)) == 1) > source.most_questions
+
+
+def test_what_has_no_room_for_a_question_is_text(make_task, tokenizer):
+    source = make_task("babilong_qa3")
+    for length, asked in ((700, True), (100, False)):
+        rows = [source.row(np.random.default_rng(seed), length) for seed in range(6)]
+        assert all(len(row.ids) == length for row in rows)
+        assert {bool(row.answers.any()) for row in rows} == {asked}
+    assert 100 < source.shortest < 700
+    with pytest.raises(UsageError, match="too few to ask about babilong_qa3"):
+        source.asked_at_the_end(np.random.default_rng(0), 100, 1, 0)
+
+
+def test_records_are_whole_and_their_answers_count(tmp_path, tokenizer):
+    file = tmp_path / "qa.jsonl"
+    rows = [{"prompt": f"the word {i} is", "answer": f" not {i}"} for i in range(20)]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    found = corpus.tokenize_jsonl(file, tokenizer, tmp_path / "ids", bos_id=BOS, end_id=1)
+    row = sources.RecordSource(found).row(np.random.default_rng(0), 70)
+    texts = tokenizer.decode(row.ids).split("<bos>")
+    records = {row["prompt"] + row["answer"] + "<eos>" for row in rows}
+    assert len(texts) > 4 and texts[0] == ""
+    assert all(text.replace("<pad>", "") in records for text in texts[1:])
+    answers = tokenizer.decode(row.ids[row.answers]).split("<eos>")[:-1]
+    assert {f" not {i}" for i in range(20)} >= set(answers) and len(answers) == len(texts) - 1
+    np.testing.assert_array_equal(row.weights, row.answers)
+
+
+@pytest.mark.parametrize(
+    "lines, line",
+    [
+        (['{"text": "the people"}', '{"prompt": "a", "answer": "b"}'], 2),
+        (['{"prompt": "a"}'], 1),
+        (['{"text": 3}'], 1),
+        (["the people"], 1),
+    ],
+)
+def test_lines_that_are_no_records_are_named(tmp_path, tokenizer, lines, line):
+    file = tmp_path / "bad.jsonl"
+    file.write_text("\n".join(lines))
+    with pytest.raises(InputError, match=f"line {line} "):
+        corpus.tokenize_jsonl(file, tokenizer, tmp_path, bos_id=BOS, end_id=1)
+
+
+def test_a_text_is_tokenised_once(home, tmp_path, tokenizer, monkeypatch):
+    found = corpus.tokenize_text(home / "book.txt", tokenizer, tmp_path)
+    ids, starts = np.load(found.ids), np.load(found.starts)
+    assert tokenizer.decode(ids) == (home / "book.txt").read_text()
+    assert all(tokenizer.decode(ids[at - 1 : at]).endswith(".") for at in starts[1:])
+    assert len(starts) == 800
+    monkeypatch.setattr(corpus, "encode_stream", None)
+    assert corpus.tokenize_text(home / "book.txt", tokenizer, tmp_path) == found
+    with pytest.raises(TypeError):
+        corpus.tokenize_text(home / "other.txt", tokenizer, tmp_path)
+
+
+def test_a_compressed_text_is_the_same_text(home, tmp_path, tokenizer):
+    text = (home / "book.txt").read_text()
+    (tmp_path / "book.txt.xz").write_bytes(lzma.compress(text.encode()))
+    found = corpus.tokenize_text(tmp_path / "book.txt.xz", tokenizer, tmp_path)
+    assert tokenizer.decode(np.load(found.ids)) == text
+
+
+def test_the_books_that_come_with_the_package_are_the_default_filler():
+    found = command.filler(argparse.Namespace(data=[("task", "passkey", 1.0)], filler=None))
+    assert len(found) > 1 and all(file.parent.name == "train" for file in found)
+    assert command.matches("books") == found
+
+
+def test_a_stretch_goes_on_in_the_next_text(home, tmp_path, tokenizer):
+    texts = [
+        corpus.tokenize_text(home / name, tokenizer, tmp_path) for name in ("book.txt", "other.txt")
+    ]
+    haystack = corpus.Haystack(texts)
+    book, other = (np.load(text.ids) for text in texts)
+    ids, starts = haystack.cut(np.random.default_rng(0), 3 * haystack.tokens)
+    assert len(ids) == 3 * haystack.tokens
+    both = np.concatenate([book, other])
+    np.testing.assert_array_equal(np.roll(np.tile(both, 3), -_offset(ids, both)), ids)
+    assert starts[0] == 0 and (np.diff(starts) > 0).all()
+
+
+def _offset(ids, both):
+    twice = np.concatenate([both, both])
+    return next(i for i in range(len(both)) if np.array_equal(twice[i : i + 60], ids[:60]))
+
+
+def test_what_cannot_be_made_is_said_before(mixture):
+    with pytest.raises(UsageError, match="--tokens-per-step"):
+        dataclasses.replace(mixture, tokens_per_step=2047).check()
+    with pytest.raises(UsageError, match="choose --segments from"):
+        dataclasses.replace(mixture, segments=(1, 16)).check()
+    mixture.check()

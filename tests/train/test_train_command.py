@@ -1,0 +1,281 @@
+"""The command: it teaches, it ends as it says, and what was stopped goes on as if it had not been."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from teaching import add_digits, equal_trees
+
+import gemma_jax
+from gemma_jax.checkpoint import store
+from gemma_jax.train import command as train_command
+from gemma_jax.train import loop, options, record
+from gemma_jax.train.saving import Checkpoints
+
+SHORT = ("--steps", 8, "--log-steps", 2, "--checkpoint-steps", 3)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, home, scratch):
+    """A model from scratch that has learnt the task; its directory."""
+    path = tmp_path_factory.mktemp("taught") / "taught"
+    budget = ["--steps", 160, "--log-steps", 20, "--probe-lengths", 96, 512, "--carry", 0.2]
+    arguments = map(str, [*scratch, *budget, "--output", path, "--quiet"])
+    with pytest.MonkeyPatch.context() as patch:
+        add_digits(patch)
+        assert train_command.main(list(arguments)) == 0
+    return path
+
+
+def run_of(path):
+    return path.with_name(f"{path.name}.training")
+
+
+def rows(path):
+    with open(run_of(path) / "log.csv", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_memory_is_taught_to_recall(taught):
+    table = rows(taught)
+    first, last = float(table[0]["answer_loss"]), float(table[-1]["answer_loss"])
+    assert first > 1.0 and last < 0.2
+    # The digit is more than two segments away, so that only memory can know it; chance is 1/8.
+    assert float(table[-1]["recall_digits_96"]) > 0.8
+    assert float(table[-1]["recall_digits_512"]) > 0.6  # never trained beyond 64
+    assert 0 < float(table[-1]["written_0"]) < 0.9 and float(table[-1]["read_0"]) > 0.01
+    assert (run_of(taught) / "progress.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_what_was_taught_is_a_checkpoint_like_any_other(taught):
+    model = gemma_jax.load(taught)
+    assert model.config.name == "taught" and model.config.memory.rule == "gated_delta"
+    assert "".join(gemma_jax.generate(model, "The people", max_new_tokens=3))
+    assert json.loads((taught / "training.json").read_text())["steps"] == 160
+
+
+def test_the_log_tells_every_measure_by_layer(taught):
+    assert list(rows(taught)[0]) == [
+        *record.COLUMNS,
+        *("written_0", "read_0", "recall_digits_96", "recall_digits_512"),
+    ]
+    assert [int(row["step"]) for row in rows(taught)] == list(range(20, 161, 20))
+
+
+@pytest.mark.parametrize("what", ["memory", "lora"])
+def test_only_what_is_asked_for_is_trained(command, taught, home, tmp_path, what):
+    given = ["--model", taught, "--train", what, "--rank", 2, "--data", "task:digits"]
+    shape = ["--filler", home / "other.txt", "--segments", 4, "--tokens-per-step", 256]
+    # Large enough to be seen: the base model already knows the task.
+    rates = ["--steps", 3, "--learning-rate", 0.01, "--language-weight", 1, "--warmup", 0]
+    files = ["--output", tmp_path / "adapter", "--data-workers", 0, "--density", 30]
+    done = command(*given, *shape, *rates, *files)
+    assert done.code == 0 and done.out == "", done.err
+    base, found = gemma_jax.load(taught), gemma_jax.load(taught, adapter=tmp_path / "adapter")
+    same = jax.tree.map(np.array_equal, base.params, found.params)
+    layer = same["layers_0"]
+    assert not any(layer["attention"]["memory"].values())
+    assert layer["attention"]["qkv"] == layer["mlp"]["down"] == (what == "memory")
+    assert same["embedder"]["embedding"] and same["final_norm"]["scale"]
+    described = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
+    assert described["base"] == "taught" and described["trained"] == what
+    assert str(home) not in json.dumps(described)
+
+
+@pytest.fixture(scope="module")
+def carrying(scratch):
+    return [*scratch, "--carry", 0.7, *SHORT]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, carrying):
+    """A run that nothing disturbed."""
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        add_digits(patch)
+        assert train_command.main([*map(str, carrying), "--output", str(path), "--quiet"]) == 0
+    return path
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Makes the run end as if it were killed before it takes one of these steps, once each."""
+
+    def set_up(*steps):
+        left, advance = list(steps), loop.Run._advance
+
+        def advance_or_die(self, batch):
+            if left and self.progress.step == left[0]:
+                left.pop(0)
+                raise Killed
+            advance(self, batch)
+
+        monkeypatch.setattr(loop.Run, "_advance", advance_or_die)
+
+    return set_up
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of a finished run."""
+    for path in (whole, run_of(whole)):
+        shutil.copytree(path, tmp_path / path.name)
+    return tmp_path / whole.name
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(command, carrying, finished, tmp_path, killed_at):
+    killed_at(2, 7)
+    again = [*carrying, "--output", tmp_path / "killed", "--resume"]
+    for saved in ([], [3, 6]):
+        with pytest.raises(Killed):
+            command(*again)
+        assert Checkpoints(run_of(tmp_path / "killed") / "checkpoints").steps() == saved
+    (run_of(tmp_path / "killed") / "checkpoints" / ".step-00000007.x.partial").mkdir()
+    done = command(*again)
+    assert done.code == 0 and "going on after step 6" in done.err
+    models = [gemma_jax.load(tmp_path / name).params for name in ("whole", "killed")]
+    assert equal_trees(*models)
+    same = ("step", "tokens", "loss", "answer_accuracy", "written_0", "read_0", "learning_rate")
+    tables = [
+        [[row[name] for name in same] for row in rows(tmp_path / name)]
+        for name in ("whole", "killed")
+    ]
+    assert tables[0] == tables[1]
+    names = {path.name for path in (run_of(tmp_path / "killed") / "checkpoints").iterdir()}
+    assert names == {"step-00000006", "step-00000008"}
+
+
+def test_an_interrupted_run_is_saved_and_goes_on(command, carrying, tmp_path, monkeypatch):
+    advance = loop.Run._advance
+
+    def advance_and_signal(self, batch):
+        advance(self, batch)
+        if self.progress.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Run, "_advance", advance_and_signal)
+    done = command(*carrying, "--output", tmp_path / "one")
+    assert done.code == 130 and "interrupted" in done.err
+    assert Checkpoints(run_of(tmp_path / "one") / "checkpoints").steps() == [3, 5]
+    assert not (tmp_path / "one").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setattr(loop.Run, "_advance", advance)
+    assert command(*carrying, "--output", tmp_path / "one").code == 2
+    assert command(*carrying, "--output", tmp_path / "one", "--resume").code == 0
+
+
+def test_a_run_in_pieces_of_time_is_one_run(command, carrying, tmp_path):
+    given = [*carrying, "--output", tmp_path / "one", "--resume"]
+    done = command(*given, "--stop-after", 1e-6)
+    assert done.code == 0 and "continue with --resume" in done.err
+    assert not (tmp_path / "one").exists()
+    assert command(*given).code == 0 and (tmp_path / "one").is_dir()
+
+
+def test_a_budget_of_minutes_ends_the_run(command, scratch, tmp_path):
+    done = command(*scratch, "--minutes", 0.02, "--output", tmp_path / "one")
+    assert done.code == 0, done.err
+    described = json.loads((tmp_path / "one" / "training.json").read_text())
+    assert described["seconds"] >= 1.2 and described["steps"] >= 1
+
+
+def test_a_damaged_checkpoint_is_passed_over(command, carrying, finished):
+    last = run_of(finished) / "checkpoints" / "step-00000008"
+    file = next(path for path in sorted(last.rglob("d/*")))
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    done = command(*carrying, "--output", finished, "--resume")
+    assert done.code == 0 and "going on after step 6" in done.err and "is damaged" in done.err
+
+
+def test_what_is_resumed_must_be_the_same_model(command, carrying, tmp_path):
+    given = [*carrying, "--output", tmp_path / "one"]
+    assert command(*given, "--stop-after", 1e-6).code == 0
+    done = command(*given, "--resume", "--segment-length", 8)
+    assert done.code == 2 and "--segment-length" in done.err
+    done = command(*given, "--resume", "--final-rate", 0.5)
+    assert done.code == 0 and "began with --final-rate 0.1" in done.err
+
+
+def test_numbers_that_are_not_finite_end_the_run(command, scratch, tmp_path):
+    rates = ["--learning-rate", 1e30, "--memory-learning-rate", 3e30, "--warmup", 0, "--seed", 5]
+    done = command(*scratch, *SHORT, *rates, "--output", tmp_path / "one")
+    assert done.code == 1 and not (tmp_path / "one").exists()
+    assert "of step 2 (seed 5, batch 1) is not finite" in done.err
+    assert "layers_0" in done.err or "embedder" in done.err
+
+
+@pytest.mark.parametrize(
+    "change, code, said",
+    [
+        (["--steps", "8", "--minutes", "1"], 2, "--steps N or --minutes"),
+        (["--data", "book.txt"], 2, "names no data"),
+        (["--data", "task:nothing"], 2, "no task called"),
+        (["--data", "text:missing.txt"], 3, "missing.txt does not exist"),
+        (["--train", "lora"], 2, "needs a model"),
+        (["--filler", "missing.txt"], 3, "missing.txt does not exist"),
+        (["--segments", "8:4"], 2, "out of order"),
+        (["--tokens-per-step", "8"], 2, "--tokens-per-step is 8"),
+        (["--memory", "nothing"], 2, "no memory rule"),
+        (["--config", "missing.json"], 3, "missing.json"),
+        (["--tokenizer", "."], 3, "tokenizer.json"),
+        (["--recipe", "missing.toml"], 3, "missing.toml"),
+        (["--resume", "--overwrite"], 2, "choose one of them"),
+        (["--learning-rate", "0"], 2, "--learning-rate"),
+        (["--output", ".", "--overwrite"], 2, "is not replaced"),
+    ],
+)
+def test_bad_input_is_one_sentence(command, scratch, tmp_path, monkeypatch, change, code, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("precious")
+    done = command(*scratch, "--steps", 1, "--output", tmp_path / "one", *change)
+    assert done.code == code and said in done.err and done.out == ""
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1
+
+
+def test_what_is_missing_is_asked_for(command, home, taught, tmp_path):
+    budget = ["--steps", 1, "--output", tmp_path / "one"]
+    data = ["--data", f"text:{home / 'book.txt'}"]
+    for given, said in (
+        ([*budget, *data], "--model DIR, --preset NAME or --config"),
+        (["--preset", "gemma-2b", *budget, *data], "--tokenizer"),
+        (["--model", taught, *budget], "--data"),
+        (["--model", taught, *data, "--steps", 1], "--output"),
+        (["--model", taught, *budget, *data, "--probe-lengths", "1K"], "recall of tasks"),
+        (["--model", taught, *budget, *data, "--language-weight", 0], "nothing would be learnt"),
+        (["--model", taught, *budget, *data, "--memory", "off"], "has no parameters to train"),
+    ):
+        done = command(*given)
+        assert done.code == 2 and said in done.err, done.err
+
+
+def test_a_recipe_is_overridden_by_the_command_line(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text('steps = 5\nlearning-rate = 0.5\ndata = ["text:a=2", "task:b"]\nquiet = true\n')
+    found = options.parse(["--recipe", str(file), "--learning-rate", "0.25"])
+    assert (found.steps, found.learning_rate, found.quiet) == (5, 0.25, True)
+    assert found.data == [("text", "a", 2.0), ("task", "b", 1.0)]
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({"steps": 7, "segments": "2:8", "resume": False}))
+    found = options.parse(["--recipe", str(file)])
+    assert (found.steps, found.segments, found.resume) == (7, (2, 8), False)
+
+
+def test_a_quantised_model_has_its_memory_trained_alone(command, taught, tmp_path):
+    config = store.read_config(taught)
+    quantised = tmp_path / "int8"
+    quantised.mkdir()
+    text = config.to_json().replace('"quantization": null', '"quantization": "int8"')
+    (quantised / store.CONFIG).write_text(text)
+    store.write_manifest(quantised)
+    given = ["--model", quantised, "--steps", 1, "--output", tmp_path / "one"]
+    done = command(*given, "--train", "lora", "--data", f"text:{taught / 'training.json'}")
+    assert done.code == 2 and "quantised" in done.err
