@@ -1,0 +1,42 @@
+"""A model from scratch begins with numbers of the right size."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from reference import tiny_config
+
+import gemma_jax
+from gemma_jax.train.start import fresh_params
+
+
+def config_of(width, rule="selective_delta"):
+    config = tiny_config(rule=rule, width=width, mlp_dim=4 * width)
+    return dataclasses.replace(config, vocab_size=300)
+
+
+@pytest.mark.parametrize("width", [32, 256])
+def test_branches_are_of_one_size_at_any_width(width):
+    config = config_of(width)
+    layer = fresh_params(config, jax.random.key(0))["layers_0"]
+    x = np.random.default_rng(0).normal(size=(64, width))
+    qkv = x @ np.asarray(layer["attention"]["qkv"]).T
+    out = np.asarray(layer["attention"]["out"])
+    assert 0.9 < qkv.std() < 1.1
+    inputs = np.random.default_rng(1).normal(size=(64, out.shape[1]))
+    assert 0.8 < (inputs @ out.T).std() * np.sqrt(2 * config.num_layers) < 1.2
+
+
+@pytest.mark.parametrize(
+    "rule, gate", [("selective_delta", 1.0), ("gated_delta", 1.0), ("linear", 0.0)]
+)
+def test_delta_memories_are_read_from_the_start(rule, gate):
+    params = fresh_params(config_of(32, rule), jax.random.key(0))
+    np.testing.assert_array_equal(params["layers_0"]["attention"]["memory"]["gate"], gate)
+
+
+def test_shapes_are_those_of_the_model():
+    config = config_of(32)
+    shapes = jax.tree.map(lambda x: x.shape, fresh_params(config, jax.random.key(0)))
+    assert shapes == jax.tree.map(lambda x: x.shape, gemma_jax.abstract_params(config))
