@@ -19,6 +19,7 @@ from gemma_jax.errors import GemmaError
 from gemma_jax.inference.console import duration
 from gemma_jax.model import memory as memory_lib
 from gemma_jax.model.adapting import join
+from gemma_jax.model.scan import Remat
 from gemma_jax.train.data import Feeder, HostBatch, Mixture
 from gemma_jax.train.probe import Probe
 from gemma_jax.train.record import Record
@@ -123,28 +124,24 @@ class Run:
         self._mixture, self._plan, self._directory = mixture, plan, directory
         self._checkpoints, self._options = checkpoints, options
         self._probes, self._workers, self._tell = probes, workers, tell
-        # The rates themselves are given to each step: other rates are the same compiled program.
-        optimizer = make_optimizer(
-            1.0,
-            plan.memory_learning_rate / plan.learning_rate,
-            weight_decay=plan.weight_decay,
-            clip_norm=plan.clip_norm,
-            b1=plan.b1,
-            b2=plan.b2,
-            moment_dtype=plan.moment_dtype,
-        )
-        self._step = make_train_step(
+        begin, self._step = _programs(
             config,
-            optimizer,
-            step_tokens=plan.chunk_tokens or mixture.lengths[-1],
-            remat=plan.remat,
-            accumulate=plan.accumulate,
-            watch=True,
+            (
+                ("weight_decay", plan.weight_decay),
+                ("clip_norm", plan.clip_norm),
+                ("b1", plan.b1),
+                ("b2", plan.b2),
+                ("moment_dtype", plan.moment_dtype),
+            ),
+            plan.memory_learning_rate / plan.learning_rate,
+            plan.chunk_tokens or mixture.lengths[-1],
+            plan.remat,
+            plan.accumulate,
         )
         self._carries = mixture.carried_rows > 0
         self._empty = _empty_memories(config, 1)
         carried = _empty_memories(config, mixture.carried_rows) if self._carries else ()
-        self.progress = Progress(0, 0.0, 0, [], trained, jax.jit(optimizer.init)(trained), carried)
+        self.progress = Progress(0, 0.0, 0, [], trained, begin(trained), carried)
         self._pending: collections.deque[tuple[int, HostBatch, float, Any]] = collections.deque()
 
     @property
@@ -423,6 +420,32 @@ def _in_order(named: tuple[str, Any]) -> tuple[int, int]:
 def _full(trained: Any, frozen: Any, *, config: GemmaConfig) -> Any:
     """The whole model, in the dtypes it computes in."""
     return compute_params(join(frozen, trained), config)
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(
+    config: GemmaConfig,
+    adam: tuple[tuple[str, Any], ...],
+    memory_rate: float,
+    step_tokens: int,
+    remat: Remat,
+    accumulate: int,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The optimiser's first state, and a step. Runs of one process share what was compiled.
+
+    Learning rates are given to each step, so that other rates are the same program; `memory_rate` is
+    the memory's over the model's.
+    """
+    optimizer = make_optimizer(1.0, memory_rate, **dict(adam))
+    step = make_train_step(
+        config,
+        optimizer,
+        step_tokens=step_tokens,
+        remat=remat,
+        accumulate=accumulate,
+        watch=True,
+    )
+    return jax.jit(optimizer.init), step
 
 
 def _empty_memories(config: GemmaConfig, rows: int) -> Memories:
