@@ -33,6 +33,8 @@ _HOMES = {
     "Chain": "inference.sampling",
     "generate": "inference.reader",
     "load": "checkpoint.store",
+    "save_state": "inference.saving",
+    "load_state": "inference.saving",
 }
 
 __all__ = ["PRESETS", "GemmaConfig", "MemoryConfig", *_HOMES]

@@ -163,7 +163,14 @@ class GemmaConfig:
             for key in ("layer_types", "eos_ids"):
                 fields[key] = tuple(fields[key])
             return cls(**_typed(cls, fields))
-        except (ValueError, TypeError, KeyError, AttributeError, GemmaError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            GemmaError,
+        ) as error:
             reason = str(error).rstrip(".")
             raise InputError(
                 f"config.json is not a gemma_jax configuration ({reason}): convert the model again."
@@ -221,7 +228,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} does not exist: name a directory that holds a Hugging Face model."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be read as JSON ({error}): download the model again."
         ) from error

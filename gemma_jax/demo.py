@@ -19,6 +19,8 @@ NAME = "random-tiny-gemma"
 VERSION = 2  # raise it when what is written changes, so that old copies in the cache are left alone
 
 CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+CHARACTERS = ["▁", "\n", *(chr(code) for code in range(0x21, 0x7F))]
 _WORDS = (
     "the of and to in that it is was for on are with as his they be at one have this from or had"
     " by not but what all were when we there can an your which their said if do will each about"
@@ -103,24 +105,26 @@ def make_tokenizer() -> Any:
     """A small tokenizer built as Gemma's is: BPE over characters with ▁ for the space, bytes for
     the rest.
     """
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
-
-    characters = ["▁", "\n", *(chr(code) for code in range(0x21, 0x7F))]
     merges = [("\n", "\n")]
     for word in _WORDS.split():
         merges += [("▁" + word[:i], word[i]) for i in range(len(word))]
     merges = list(dict.fromkeys(merges))
-    pieces = [
-        *CONTROL_TOKENS,
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-        *characters,
-        *(a + b for a, b in merges),
-    ]
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    return assemble([*BYTES, *CHARACTERS, *(a + b for a, b in merges)], merges)
+
+
+def assemble(pieces: list[str], merges: list[tuple[str, str]]) -> Any:
+    """A tokenizer as Gemma's is built, of control tokens, then `pieces`."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    pieces = dict.fromkeys([*CONTROL_TOKENS, *pieces])
     tokenizer = tokenizers.Tokenizer(
         models.BPE(
-            vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+            vocab={piece: index for index, piece in enumerate(pieces)},
+            merges=merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
         )
     )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")

@@ -7,14 +7,15 @@ from this module alone.
 """
 
 import dataclasses
+import enum
 import itertools
-import json
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma_jax.cuts import safe_cuts
 from gemma_jax.errors import InputError, UsageError
 
 # Characters tokenised at once, and how many such parts go to the tokenizer's threads together
@@ -23,7 +24,11 @@ PART_CHARS = 4_096
 PARTS_PER_BATCH = 16
 
 _TURN_MARKS = ("<start_of_turn>", "<end_of_turn>")
-_GEMMA_TURN = ("<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n")
+_GEMMA_TURN = (  # before the user's text, between the model's answer and more, after it
+    "<start_of_turn>user\n",
+    "<end_of_turn>\n<start_of_turn>user\n",
+    "<end_of_turn>\n<start_of_turn>model\n",
+)
 
 
 def load_tokenizer(directory: str | Path) -> Any:
@@ -83,13 +88,14 @@ def load_tokenizer(directory: str | Path) -> Any:
 # --- encoding -------------------------------------------------------------------------------------
 
 
-def encode_stream(tokenizer: Any, pieces: Iterable[str]) -> Iterator[list[int]]:
-    """Token ids of the text that `pieces` join to, without BOS, as lists of a few thousand ids.
+def encode_parts(tokenizer: Any, pieces: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
+    """Parts of the text that `pieces` join to, and their token ids, without BOS.
 
     The ids are exactly those of tokenising the joined text at once, with control tokens read as
-    plain text. A BPE tokenizer without context (Gemma's) is fed in parts of `PART_CHARS`
-    characters, cut where no token could span the cut; text that has no such place is held until one
-    comes. Any other kind of tokenizer is given the whole text.
+    plain text; those of all parts but the last stay what they are whatever follows. A BPE tokenizer
+    without context (Gemma's) is fed in parts of `PART_CHARS` characters, cut where no token could
+    span the cut; text that has no such place is held until one comes. Any other kind of tokenizer
+    is given the whole text.
 
     Raises:
         InputError: the text has code points that are not characters (lone surrogates).
@@ -101,9 +107,17 @@ def encode_stream(tokenizer: Any, pieces: Iterable[str]) -> Iterator[list[int]]:
         else ["".join(pieces)]
     )
     for batch in _batched(parts, PARTS_PER_BATCH):
-        for ids in encode_batch(tokenizer, batch):
-            if ids:
-                yield ids
+        yield from zip(batch, encode_batch(tokenizer, batch), strict=True)
+
+
+def is_cut(tokenizer: Any) -> bool:
+    """Whether `encode_parts` cuts texts; otherwise it has to be given all of a text at once."""
+    return _encoder(tokenizer).is_safe_cut is not None
+
+
+def encode_stream(tokenizer: Any, pieces: Iterable[str]) -> Iterator[list[int]]:
+    """The ids of `encode_parts`, as lists of a few thousand."""
+    return (ids for _, ids in encode_parts(tokenizer, pieces) if ids)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -119,23 +133,6 @@ def encode_batch(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         InputError: a text has code points that are not characters (lone surrogates).
     """
     return batch_encoder(tokenizer)(texts)
-
-
-def encode_prompt(
-    tokenizer: Any, pieces: Iterable[str], *, bos_id: int, template: bool = False
-) -> Iterator[list[int]]:
-    """Everything the model reads before it answers: one BOS, then the text.
-
-    With `template`, the text is one user turn of the chat template.
-
-    Raises:
-        InputError: `template` is asked of a tokenizer that has none.
-    """
-    if not template:
-        return itertools.chain([[bos_id]], encode_stream(tokenizer, pieces))
-    return itertools.chain(
-        [[bos_id]], _encode_turn(tokenizer, pieces, user_turn(tokenizer, bos_id))
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,88 +187,8 @@ def _encoder(tokenizer: Any) -> _Encoder:
             view.pre_tokenizer = backend.pre_tokenizer
         view.add_tokens([token for _, token in sorted(backend.get_added_tokens_decoder().items())])
         view.encode_special_tokens = True
-        _ENCODERS[tokenizer] = _Encoder(view, _safe_cuts(view))
+        _ENCODERS[tokenizer] = _Encoder(view, safe_cuts(view))
     return _ENCODERS[tokenizer]
-
-
-def _safe_cuts(view: Any) -> Callable[[str], bool] | None:
-    """Which pairs of adjacent characters a text may be cut between without changing its tokens.
-
-    BPE only ever joins neighbours into an entry of the vocabulary. Where no entry (and no added
-    token) contains the characters a, b side by side, nothing is joined across a|b, and the two
-    sides do not know of each other.
-    """
-    replace = _single_character_replacement(view.normalizer)
-    added = view.get_added_tokens_decoder().values()
-    if (
-        replace is None
-        or not _is_plain_bpe(view.model)
-        or not _splits_at_characters(view.pre_tokenizer)
-    ):
-        return None
-    if any(token.lstrip or token.rstrip or token.single_word for token in added):
-        return None  # such a token looks at the text around it
-    vocabulary = view.get_vocab(with_added_tokens=True)
-    joined = set()
-    for entry in itertools.chain(vocabulary, (replace(token.content) for token in added)):
-        joined.update(map(str.__add__, entry, entry[1:]))
-
-    def is_safe_cut(pair: str) -> bool:
-        seen = replace(pair)
-        # A character without an entry of its own becomes bytes or <unk>, which follow rules of
-        # their own.
-        return (
-            pair not in joined
-            and seen not in joined
-            and seen[0] in vocabulary
-            and seen[1] in vocabulary
-        )
-
-    return is_safe_cut
-
-
-def _is_plain_bpe(model: Any) -> bool:
-    import tokenizers
-
-    return isinstance(model, tokenizers.models.BPE) and not (
-        model.dropout
-        or model.ignore_merges
-        or model.continuing_subword_prefix
-        or model.end_of_word_suffix
-    )
-
-
-def _component(part: Any) -> dict[str, Any]:
-    return {} if part is None else json.loads(part.__getstate__())
-
-
-def _single_character_replacement(normalizer: Any) -> Callable[[str], str] | None:
-    """The normaliser as a function, if all it does is to replace characters one by one."""
-    component = _component(normalizer)
-    steps = component.get("normalizers", [component] if component else [])
-    replacements = [
-        (step.get("pattern", {}).get("String", ""), step.get("content", "")) for step in steps
-    ]
-    if any(step["type"] != "Replace" for step in steps) or any(
-        len(a) != 1 or len(b) != 1 for a, b in replacements
-    ):
-        return None
-
-    def replace(text: str) -> str:
-        for old, new in replacements:
-            text = text.replace(old, new)
-        return text
-
-    return replace
-
-
-def _splits_at_characters(pre_tokenizer: Any) -> bool:
-    """Whether the pre-tokenizer does nothing, or only splits at one given character."""
-    component = _component(pre_tokenizer)
-    pattern = component.get("pattern", {}).get("String", "")
-    return not component or (
-        component["type"] == "Split" and len(pattern) == 1 and not component["invert"]
-    )
 
 
 def _regroup(pieces: Iterable[str], size: int) -> Iterator[str]:
@@ -319,12 +236,25 @@ def _batched(parts: Iterable[str], size: int) -> Iterator[list[str]]:
 # --- the chat template ----------------------------------------------------------------------------
 
 
+class Place(enum.StrEnum):
+    """Where a text or a conversation ends, as far as it has come."""
+
+    START = "start"  # nothing, not even BOS
+    TEXT = "text"  # text outside the chat template
+    TURN = "turn"  # the user's turn, which more text may follow
+    ANSWER = "answer"  # the model's turn, before the token that ends it
+    END = "end"  # the model's turn, after that token
+
+
 @dataclasses.dataclass(frozen=True)
 class Turn:
     """What surrounds the user's text in the chat template: control tokens as ids, text as text."""
 
     before: tuple[int | str, ...]
     after: tuple[int | str, ...]
+    between: tuple[
+        int | str, ...
+    ]  # the model's answer and more text; empty: it knows one turn only
     strips: bool  # whether the template strips white space around the user's text
 
     @property
@@ -344,9 +274,10 @@ def user_turn(tokenizer: Any, bos_id: int) -> Turn:
     if getattr(tokenizer, "chat_template", None):
         before, found, after = _render(tokenizer, name).partition(name)
         strips = bool(found) and f" {name} " not in _render(tokenizer, f" {name} ")
+        between = _between(tokenizer, name)
     else:
-        (before, after), found, strips = _GEMMA_TURN, name, True
-    turn = Turn(_control(tokenizer, before, bos_id), _control(tokenizer, after, bos_id), strips)
+        (before, between, after), found, strips = _GEMMA_TURN, name, True
+    turn = Turn(*(_control(tokenizer, part, bos_id) for part in (before, after, between)), strips)
     if not found or turn.end_id is None:
         raise InputError(
             "The model's tokenizer has no chat template: use an instruction-tuned model, or no"
@@ -364,8 +295,98 @@ def end_of_turn_ids(tokenizer: Any, bos_id: int) -> tuple[int, ...]:
     return () if end is None else (end,)
 
 
-def _render(tokenizer: Any, content: str) -> str:
-    messages = [{"role": "user", "content": content}]
+def opening(tokenizer: Any, place: str, turn: Turn | None, bos_id: int) -> tuple[list[int], str]:
+    """What comes between a text that ends at `place` and more text of the user: ids, and then text
+    that is tokenised together with the user's. Without a turn it is plain text.
+    """
+    start = [bos_id] if place == Place.START else []
+    if turn is None or place == Place.TURN:
+        return start, ""
+    if place in (Place.ANSWER, Place.END):
+        parts = list(turn.between if place == Place.ANSWER else turn.between[1:])
+    else:
+        parts = list(turn.before)
+    seam = parts.pop() if parts and isinstance(parts[-1], str) else ""
+    return start + _ids(tokenizer, parts), seam
+
+
+def closing(tokenizer: Any, turn: Turn | None) -> tuple[str, list[int]]:
+    """What comes after the user's text: text that is tokenised together with it, and then ids."""
+    parts = list(turn.after) if turn else []
+    seam = parts.pop(0) if parts and isinstance(parts[0], str) else ""
+    return seam, _ids(tokenizer, parts)
+
+
+def encode_prompt(
+    tokenizer: Any, pieces: Iterable[str], *, bos_id: int, template: bool = False
+) -> Iterator[list[int]]:
+    """Everything the model reads before it answers: one BOS, then the text.
+
+    With `template`, the text is one user turn of the chat template.
+
+    Raises:
+        InputError: `template` is asked of a tokenizer that has none.
+    """
+    turn = user_turn(tokenizer, bos_id) if template else None
+    before, first = opening(tokenizer, Place.START, turn, bos_id)
+    last, after = closing(tokenizer, turn)
+    user = UserText(pieces, strips=turn is not None and turn.strips)
+    text = encode_stream(tokenizer, itertools.chain([first], user, [last]))
+    return itertools.chain([before], text, [after] if after else [])
+
+
+class UserText(Iterable[str]):
+    """What a template takes of a user's text in pieces: all, or all but white space around it.
+
+    Attributes:
+        removed: characters of white space that were left out at the start.
+        given: characters passed on.
+        held: white space that is not passed on before something follows it.
+    """
+
+    def __init__(self, pieces: Iterable[str], *, strips: bool, begun: bool = False):
+        """`begun`: what comes before is text of the user too, so the start is not stripped."""
+        self._pieces, self._strips, self._begun = pieces, strips, begun
+        self.removed = self.given = 0
+        self._held: list[str] = []
+
+    @property
+    def held(self) -> str:
+        return "".join(self._held)
+
+    def __iter__(self) -> Iterator[str]:
+        for piece in self._pieces:
+            text = self._strip(piece) if self._strips else piece
+            if text:
+                self.given += len(text)
+                yield text
+
+    def _strip(self, piece: str) -> str:
+        text = piece if self._begun else piece.lstrip()
+        self.removed += len(piece) - len(text)
+        body = text.rstrip()
+        if not body:
+            self._held.append(text)
+            return ""
+        self._begun = True
+        held, self._held = self.held, [text[len(body) :]]
+        return held + body
+
+
+def _between(tokenizer: Any, text: str) -> str:
+    answer = "answer of the model"
+    try:
+        _, found, rest = _render(tokenizer, text, answer, text).partition(answer)
+    except InputError:
+        return ""
+    return rest.partition(text)[0] if found else ""
+
+
+def _render(tokenizer: Any, *contents: str) -> str:
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except ImportError as error:
@@ -387,31 +408,9 @@ def _control(tokenizer: Any, text: str, bos_id: int) -> tuple[int | str, ...]:
     return tuple(part for part in parts if part != bos_id)
 
 
-def _encode_turn(tokenizer: Any, pieces: Iterable[str], turn: Turn) -> Iterator[list[int]]:
-    # Text of the template that touches the user's text is tokenised together with it, as tokens may
-    # span the seam.
-    before, after = list(turn.before), list(turn.after)
-    opening = [before.pop()] if before and isinstance(before[-1], str) else []
-    closing = [after.pop(0)] if after and isinstance(after[0], str) else []
-    for part in before:
-        yield encode(tokenizer, part) if isinstance(part, str) else [part]
-    user_text = _strip(pieces) if turn.strips else pieces
-    yield from encode_stream(tokenizer, itertools.chain(opening, user_text, closing))
-    for part in after:
-        yield encode(tokenizer, part) if isinstance(part, str) else [part]
-
-
-def _strip(pieces: Iterable[str]) -> Iterator[str]:
-    """`str.strip` of a text in pieces: white space is held until something follows it."""
-    held: list[str] | None = None  # None: nothing but white space so far
-    for piece in pieces:
-        text = piece.lstrip() if held is None else piece
-        body = text.rstrip()
-        if body:
-            yield "".join([*(held or []), body])
-            held = []
-        if held is not None:
-            held.append(text[len(body) :])
+def _ids(tokenizer: Any, parts: Iterable[int | str]) -> list[int]:
+    nested = (encode(tokenizer, part) if isinstance(part, str) else [part] for part in parts)
+    return list(itertools.chain.from_iterable(nested))
 
 
 def control_tokens(tokenizer: Any) -> dict[str, int]:

@@ -8,5 +8,5 @@ os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # the user's own
 
 from jaxtyping import install_import_hook
 
-CHECKED = ("attention", "layers", "memory", "transformer")
+CHECKED = ("attention", "delta", "layers", "memory", "transformer")
 install_import_hook([f"gemma_jax.model.{module}" for module in CHECKED], "beartype.beartype")

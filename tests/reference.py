@@ -15,7 +15,7 @@ import numpy as np
 import gemma_jax
 from gemma_jax.config import GLOBAL, SLIDING, GemmaConfig, MemoryConfig, Rope
 
-RULES = ("off", "linear", "delta", "gated_delta")
+RULES = ("off", "linear", "delta", "gated_delta", "selective_delta")
 FORMS = ("transformer_xl", "segment")
 
 
@@ -193,7 +193,12 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def make_memory(config: GemmaConfig, p: Mapping[str, np.ndarray]) -> Any:
-    kinds = {"linear": PaperMemory, "delta": PaperMemory, "gated_delta": GatedDeltaMemory}
+    kinds = {
+        "linear": PaperMemory,
+        "delta": PaperMemory,
+        "gated_delta": GatedDeltaMemory,
+        "selective_delta": SelectiveDeltaMemory,
+    }
     kind = kinds.get(config.memory.rule)
     return kind(config, p) if kind else None
 
@@ -268,4 +273,17 @@ class GatedDeltaMemory:
             h = head * self.config.num_kv_heads // len(q)
             found = q[head] / np.sqrt((q[head] ** 2).sum() + 1e-6) @ self.arrays["M"][h]
             out[head] += self.p["gate"][head] * found / np.sqrt((found**2).mean() + 1e-6)
+        return out
+
+
+class SelectiveDeltaMemory(GatedDeltaMemory):
+    """The same, read as it is where a gate of the query opens."""
+
+    def read(self, q: np.ndarray, attended: np.ndarray) -> np.ndarray:
+        out = attended.copy()
+        for head in range(len(q)):
+            h = head * self.config.num_kv_heads // len(q)
+            found = q[head] / np.sqrt((q[head] ** 2).sum() + 1e-6) @ self.arrays["M"][h]
+            opens = sigmoid(q[head] @ self.p["read_kernel"][head] + self.p["read_bias"][head])
+            out[head] += self.p["gate"][head] * opens * found
         return out

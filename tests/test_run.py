@@ -333,7 +333,7 @@ def test_errors_inside_become_a_sentence_and_an_exit_code(command, monkeypatch, 
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(reader, "read", fail)
+    monkeypatch.setattr(reader, "remember", fail)
     result = command("--prompt", PROMPT)
     assert_refused(result, code, *words)
     assert "Traceback" in command("--prompt", PROMPT, "--debug").err

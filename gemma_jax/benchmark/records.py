@@ -110,7 +110,9 @@ def read(path: Path, kind: type[R] = Record) -> list[R]:
     try:
         return [kind(**fields) for fields in json.loads(path.read_text())]
     except (ValueError, TypeError) as error:
-        raise InputError(f"{path} holds no such records ({error}): name another file.") from error
+        raise InputError(
+            f"{path} holds no records of this kind ({error}): name another file."
+        ) from error
 
 
 def append(path: Path, records: Iterable[R], same: Sequence[str] = ("name", "command")) -> None:

@@ -92,7 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}): download it again.") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object: download it again.")
@@ -148,7 +148,7 @@ def _find_files(directory: Path) -> tuple[Any, list[Path]]:
             shards = read_json(index).get("weight_map", {})
             if not isinstance(shards, dict) or not shards:
                 raise InputError(f"{index} names no shards: download it again.")
-            return kind, [_inside(directory, shard) for shard in sorted(set(shards.values()))]
+            return kind, sorted({_inside(directory, shard) for shard in shards.values()})
         if (directory / name).is_file():
             return kind, [directory / name]
     loose = sorted(directory.glob("*.safetensors"))

@@ -4,27 +4,31 @@
     params/                   the parameter tree, written by Orbax
     tokenizer.json, ...       the tokenizer as it came
     huggingface/              config.json and generation_config.json as they came
-    manifest.json             size and SHA-256 of every file above
+    manifest.json             size and SHA-256 of every file above, and of itself
 
 A checkpoint is written under a temporary name beside its place and renamed when it is complete.
 """
 
-import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from gemma_jax.checkpoint import files
+from gemma_jax.checkpoint.files import new_directory as new_directory
+from gemma_jax.checkpoint.files import require_space as require_space
+from gemma_jax.checkpoint.source import TOKENIZER_FILES
 from gemma_jax.config import GemmaConfig
-from gemma_jax.errors import CorruptError, InputError, UsageError
+from gemma_jax.errors import CorruptError, GemmaError, InputError, UsageError
 
 CONFIG, MANIFEST, PARAMS, ORIGINAL = "config.json", "manifest.json", "params", "huggingface"
+SEAL = "seal"  # the manifest's entry for itself
 HASH_THREADS = 8
+REMEDY = "convert the model again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +40,14 @@ class Model:
         params: nested dict of arrays, as `gemma_jax.abstract_params(config)` describes it.
         tokenizer: a fast Hugging Face tokenizer.
         path: where it was loaded from.
+        hashes: SHA-256 of its parts ("weights", "tokenizer", "adapter"); a memory file belongs to these.
     """
 
     config: GemmaConfig
     params: dict[str, Any]
     tokenizer: Any
     path: Path
+    hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -96,12 +102,14 @@ def load(
             It starts from fresh parameters.
         segment_length: S, in tokens, if it is not to be the recorded one.
         dtype: "bfloat16" or "float32" for weights and activations; as recorded by default.
-        verify: compare the files with the manifest's hashes (sizes always are).
+        verify: compare the files with the manifest's hashes (sizes always are), and look for
+            weights that are not finite.
         adapter: the directory of an adapter that was trained for this model.
 
     Raises:
         InputError: there is no checkpoint at `path`, or the adapter is of another model.
         CorruptError: its files are not those that were written.
+        GemmaError: with `verify`, weights that are not finite.
         UsageError: an argument is out of range.
     """
     import jax
@@ -125,9 +133,14 @@ def load(
     )
     if trained is not None:
         params = adapters.apply(trained, config, params)
+    if verify:
+        require_finite(params)
     if config.memory.rule != recorded.memory.rule:
         _replace_memory(params, init_memory_params(config, jax.random.key(0)))
-    return Model(config, params, load_tokenizer(path), path)
+    hashes = part_hashes(path)
+    if adapter is not None:
+        hashes["adapter"] = _digest(read_manifest(absolute(adapter)))
+    return Model(config, params, load_tokenizer(path), path, hashes)
 
 
 def load_params(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -168,6 +181,30 @@ def load_array(path: Path, keys: tuple[str, ...]) -> Any:
     return found
 
 
+def require_finite(params: dict[str, Any]) -> None:
+    """Raises `GemmaError` that names the first parameters that are not finite numbers."""
+    import jax
+
+    places, leaves = zip(*jax.tree.leaves_with_path(params), strict=True)
+    finite = jax.device_get(_finite_check()(leaves))
+    broken = [place for place, good in zip(places, finite, strict=True) if not good]
+    if broken:
+        name = "/".join(part.key for part in broken[0])
+        more = f" (and {len(broken) - 1} more)" if broken[1:] else ""
+        raise GemmaError(
+            f"{name}{more} has numbers that are not finite: the checkpoint was written by training"
+            " that diverged, or damaged before it was written; use another one."
+        )
+
+
+@functools.cache
+def _finite_check() -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    return jax.jit(lambda leaves: [jnp.isfinite(leaf).all() for leaf in leaves])
+
+
 def _replace_memory(params: dict[str, Any], fresh: dict[str, Any]) -> None:
     for layer in params.values():
         layer.get("attention", {}).pop("memory", None)
@@ -180,34 +217,90 @@ def check(
     *,
     hashes: bool = True,
     only: str | None = None,
-    remedy: str = "convert the model again",
+    remedy: str = REMEDY,
 ) -> None:
     """Compares a checkpoint's files (or one of them) with its manifest; `remedy` ends what is said.
 
     Raises:
-        CorruptError: a file is missing, of another size, or (with `hashes`) of other content.
+        CorruptError: a file is missing, of another size, or (with `hashes`) of other content; or
+            there is one that would be read and was not written with the others.
     """
+    manifest = read_manifest(path, remedy=remedy)
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         names = manifest if only is None else [only]
-        files = {name: (manifest[name]["size"], manifest[name]["sha256"]) for name in names}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptError(f"{path / MANIFEST} cannot be read ({error}): {remedy}.") from error
-    for name, (expected, _) in files.items():
+        wanted = {name: (manifest[name]["size"], manifest[name]["sha256"]) for name in names}
+    except (TypeError, KeyError) as error:
+        raise _unreadable_manifest(path, error, remedy) from error
+    for name, (expected, _) in wanted.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
         if size != expected:
             found = "is missing" if size is None else f"has {size} bytes, not {expected}"
             raise CorruptError(f"{file} {found}: {remedy}, or copy it again.")
+    if only is None and (foreign := [name for name in _read_files(path) if name not in wanted]):
+        raise CorruptError(
+            f"{path / foreign[0]} does not belong to what was written ({MANIFEST} does not name it):"
+            f" remove it, or {remedy}."
+        )
     if hashes:
         with ThreadPoolExecutor(HASH_THREADS) as pool:
-            found = pool.map(lambda name: _sha256(path / name), files)
-            for (name, (_, expected)), digest in zip(files.items(), found, strict=True):
+            found = pool.map(lambda name: files.sha256(path / name), wanted)
+            for (name, (_, expected)), digest in zip(wanted.items(), found, strict=True):
                 if digest != expected:
                     raise CorruptError(
                         f"{path / name} is damaged (its SHA-256 is not the recorded one): {remedy},"
                         " or copy it again."
                     )
+
+
+def read_manifest(path: Path, *, remedy: str = REMEDY) -> dict[str, Any]:
+    """Size and SHA-256 of the files of a checkpoint, by name; `remedy` ends what is said.
+
+    Raises:
+        CorruptError: it cannot be read, or is not as it was written.
+    """
+    try:
+        data = (path / MANIFEST).read_bytes()
+        manifest = json.loads(data)
+        sealed = manifest.pop(SEAL, None)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _unreadable_manifest(path, error, remedy) from error
+    if sealed is not None and not files.is_sealed(data):
+        raise CorruptError(
+            f"{path / MANIFEST} is damaged (its SHA-256 is not the recorded one): {remedy}, or copy"
+            " it again."
+        )
+    return manifest
+
+
+def _unreadable_manifest(path: Path, error: Exception, remedy: str) -> CorruptError:
+    return CorruptError(f"{path / MANIFEST} cannot be read ({error}): {remedy}.")
+
+
+def _read_files(path: Path) -> list[str]:
+    """Names of the files that loading would read, whoever put them there."""
+    found = [*path.glob(f"{PARAMS}/**/*"), *(path / name for name in TOKENIZER_FILES)]
+    return sorted(str(file.relative_to(path)) for file in found if file.is_file())
+
+
+def part_hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's weights and of its tokenizer, by what the manifest says of their
+    files.
+    """
+    manifest = read_manifest(path)
+    parts = {
+        "weights": [name for name in manifest if name.startswith(f"{PARAMS}/")],
+        "tokenizer": [name for name in manifest if name in TOKENIZER_FILES],
+    }
+    return {
+        part: _digest({name: manifest[name] for name in names}) for part, names in parts.items()
+    }
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """One hash of all files of a manifest."""
+    hashes = [[name, manifest[name]["sha256"]] for name in sorted(manifest)]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def absolute(path: str | Path) -> Path:
@@ -261,31 +354,6 @@ def require_place(
         )
 
 
-@contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `path` when the block ends well, and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        content = temporary / "new"
-        content.mkdir()
-        yield content
-        _replace(path, content, temporary / "old")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(path: Path, content: Path, aside: Path) -> None:
-    if path.exists():
-        path.rename(aside)
-    try:
-        content.rename(path)
-    except OSError:
-        if aside.exists():
-            aside.rename(path)
-        raise
-
-
 def write_manifest(path: Path) -> None:
     """Records size and SHA-256 of every file below `path`."""
     names = sorted(
@@ -294,25 +362,10 @@ def write_manifest(path: Path) -> None:
         if file.is_file() and file.name != MANIFEST
     )
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        digests = pool.map(lambda name: _sha256(path / name), names)
+        digests = pool.map(lambda name: files.sha256(path / name), names)
         manifest = {
             name: {"size": (path / name).stat().st_size, "sha256": digest}
             for name, digest in zip(names, digests, strict=True)
         }
-    (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-def require_space(path: Path, needed: int) -> None:
-    """Raises `InputError` when the disk that holds (or will hold) `path` has fewer bytes free."""
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise InputError(
-            f"{path} needs about {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free:"
-            " free some, or choose another disk."
-        )
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    content = json.dumps({SEAL: files.UNSEALED, **manifest}, indent=1) + "\n"
+    (path / MANIFEST).write_bytes(files.seal(content.encode()))

@@ -44,8 +44,12 @@ def evaluate(options: argparse.Namespace) -> None:
 
     console = Console(quiet=options.quiet)
     subject = check(options)
-    if options.record and Path(options.record).exists():
-        records.read(Path(options.record), report.Recall)
+    if options.record:
+        file = Path(options.record).absolute()
+        if file.exists():
+            records.read(file, report.Recall)
+        elif not file.parent.is_dir():
+            raise InputError(f"{file.parent} is not a directory: choose another --record.")
     journal = Journal(Path(options.output), subject.settings, must_exist=options.resume)
     console.line(subject.describe())
     keep_compiled_programs()

@@ -120,7 +120,7 @@ def several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     def convert(text: str) -> tuple[Any, ...]:
         try:
             return tuple(sorted({kind(part.strip()) for part in text.split(",")}))
-        except ValueError:
+        except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers") from None
 
     return convert

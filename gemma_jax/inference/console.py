@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import math
 import os
 import sys
@@ -161,6 +162,8 @@ def run_command(command: Callable[[], None], *, debug: bool = False) -> int:
 
     A reader that closes the output pipe has what it wanted: that ends quietly, with 0.
     """
+    if not debug:  # Orbax logs a traceback before it raises
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # closed by the caller
     if hasattr(sys.stdout, "reconfigure"):
@@ -173,8 +176,8 @@ def run_command(command: Callable[[], None], *, debug: bool = False) -> int:
         # The interpreter flushes standard output once more at its end, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(str(interruption) or "interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if debug:
@@ -201,10 +204,12 @@ def as_gemma_error(error: Exception) -> GemmaError:
     if isinstance(error, OSError):
         reason = error.strerror or next(iter(str(error).splitlines()), type(error).__name__)
         return InputError(f"{error.filename or 'A file'} cannot be read or written ({reason}).")
+    if "No space left on device" in str(error):  # said by a library, in an error of its own
+        return InputError("The disk is full: free some of it, or choose another place.")
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return OutOfMemoryError(
-            "Out of memory: the weights, the State and one piece of text do not fit; use a"
-            " smaller model, a shorter --segment-length, or a device with more memory."
+            "Out of memory: the weights, the State and one piece of text do not fit; try a shorter"
+            " --segment-length, a model converted with --quantize int8, or a smaller one."
         )
     first_line = next(iter(str(error).splitlines()), "")
     return GemmaError(

@@ -1,6 +1,7 @@
 """The sentences that `run.py` says about a model, its memory and what was read."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gemma_jax.config import GemmaConfig
@@ -71,6 +72,41 @@ def summary(report: dict[str, Any], given_tokens: int) -> str:
 
 def _speed(rate: float | None) -> str:
     return "" if rate is None else f" ({rate:.0f} tokens/s)"
+
+
+def saved(path: Any, memory: Any) -> str:
+    """What a memory file holds that was just written."""
+    return (
+        f"{memory.tokens} tokens are kept in {path} ({size(os.stat(path).st_size)}); ask again with"
+        f" --load-memory {path}"
+    )
+
+
+def loaded(path: Any, memory: Any) -> str:
+    """What a memory file held that was just loaded."""
+    sources = (*memory.sources, *(memory.unread.sources if memory.unread else ()))
+    names = ", ".join(dict.fromkeys(source.name for source in sources))
+    return (
+        f"{memory.tokens} tokens were read before ({', '.join(filter(None, (names, str(path))))})"
+    )
+
+
+def conversation(config: GemmaConfig, chat: Any) -> str:
+    """How much was said, how fast, and what it takes."""
+    from gemma_jax.model.state import state_bytes
+
+    last = chat.last
+    return (
+        f"{chat.turns} answers, {chat.memory.tokens} tokens in a State of {size(state_bytes(config))};"
+        f" last: read {last.read}{_speed(last.read_per_second)},"
+        f" wrote {last.written}{_speed(last.written_per_second)}"
+    )
+
+
+def batch(failed: Sequence[bool]) -> str:
+    """The closing line of many prompts, by which of them failed."""
+    text = f"{failed.count(False)} prompts answered"
+    return text + (f", {failed.count(True)} could not be" if any(failed) else "")
 
 
 def converted(conversion: Any, dest: str) -> Iterator[str]:

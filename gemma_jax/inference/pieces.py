@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -11,6 +11,7 @@ from gemma_jax.errors import InputError
 
 PIECES_AHEAD = 4  # pieces of ids that wait for the model; bounds what the tokenizer holds
 PIECES_IN_FLIGHT = 2  # pieces given to the device before the host waits for the oldest
+WAKE_SECONDS = 0.1  # between two looks at whether anybody still wants what is waited for
 
 T = TypeVar("T")
 
@@ -40,9 +41,11 @@ def pieces_of(
         yield piece, count
 
 
-def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
+def ahead(
+    items: Iterable[T], depth: int, *, give_up: Callable[[], bool] = lambda: False
+) -> Iterator[T]:
     """The same items, produced by a thread that runs at most `depth` ahead and stops when nobody
-    asks any more.
+    asks any more. They end early when `give_up` says so while one is waited for.
     """
     results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
@@ -50,7 +53,7 @@ def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
     def put(item: T | None, error: BaseException | None = None) -> None:
         while not stopped.is_set():
             try:
-                return results.put((item, error), timeout=0.1)
+                return results.put((item, error), timeout=WAKE_SECONDS)
             except queue.Full:
                 continue
 
@@ -67,7 +70,12 @@ def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
     threading.Thread(target=produce, name="gemma_jax tokenizer", daemon=True).start()
     try:
         while True:
-            item, error = results.get()
+            try:
+                item, error = results.get(timeout=WAKE_SECONDS)
+            except queue.Empty:
+                if give_up():
+                    return
+                continue
             if isinstance(error, StopIteration):
                 return
             if error is not None:

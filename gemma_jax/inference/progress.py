@@ -70,3 +70,33 @@ class Tokenized:
         total = max(done, round(self._tokens / self._share))
         left = (total - done) / per_second if per_second else None
         return Progress(done, total, per_second, left)
+
+
+class Meter:
+    """Measures one reading, from the tokenizer to what the device has finished.
+
+    Attributes:
+        rate: of the reading.
+        tokens: how many the device has read.
+    """
+
+    def __init__(
+        self,
+        share_read: Callable[[], float | None] = lambda: None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ):
+        self.rate = Rate()
+        self._tokenized = Tokenized(share_read)
+        self._on_progress = on_progress
+        self.tokens = 0
+
+    def count(self, ids: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
+        """Passes lists of ids on."""
+        return self._tokenized.count(ids)
+
+    def finished(self, tokens: int) -> None:
+        """Notes that the device has read some more tokens."""
+        self.tokens += tokens
+        self.rate.update(self.tokens)
+        if self._on_progress:
+            self._on_progress(self._tokenized.progress(self.tokens, self.rate))

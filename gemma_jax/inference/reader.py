@@ -1,153 +1,28 @@
 """Text in, answer out: a stream of text is read into a State, and what the model writes comes out.
 
-`generate` is what the command line prints. It is made of two halves that meet in a State, so that a
-State can come from elsewhere or be kept in between: `read` takes a stream of ids into a State,
-`write` continues from one.
+`generate` is what the command line prints. It is made of parts that meet in a State, so that a State
+can come from elsewhere or be kept in between: `remember` and `recall` (or `read`, for ids) take text
+into a State, `write` continues from one.
 """
 
-import collections
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from gemma_jax import text as text_lib
-from gemma_jax.config import GemmaConfig
-from gemma_jax.errors import GemmaError, InputError, UsageError
-from gemma_jax.inference.decode import decode_block
-from gemma_jax.inference.pieces import PIECES_AHEAD, PIECES_IN_FLIGHT, ahead, pieces_of
-from gemma_jax.inference.prefill import default_chunk_tokens, prefill
-from gemma_jax.inference.progress import Progress, Rate, Tokenized
+from gemma_jax.checkpoint.memory_file import Memory
+from gemma_jax.errors import InputError, UsageError
+from gemma_jax.inference.progress import Meter, Progress, Rate
+from gemma_jax.inference.reading import Reading, read
+from gemma_jax.inference.remember import Keeper, recall, remember
 from gemma_jax.inference.sampling import make_sampling
 from gemma_jax.inference.streaming import StopTexts, StreamDecoder
-from gemma_jax.model.state import State, init_state, state_bytes
+from gemma_jax.inference.writing import stop_token_ids, write
+from gemma_jax.model.state import state_bytes
 
-BLOCKS_IN_FLIGHT = 2  # blocks of tokens given to the device before the host looks at the oldest
-BLOCK_TOKENS = {"cpu": 1}  # tokens decoded between two looks at them: a CPU takes long for each
-DEFAULT_BLOCK_TOKENS = 8
+__all__ = ["Answer", "Reading", "generate", "read", "write"]
+
 SEED_RANGE = 2**32
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """What is left of a text that was read: everything needed to continue it."""
-
-    logits: jax.Array  # [1, V] float32, for the token that comes next
-    state: State
-    tokens: int  # given to the model, BOS included
-    tokens_per_second: float
-
-
-def read(
-    model: Any,
-    ids: Iterable[Sequence[int]],
-    state: State | None = None,
-    *,
-    chunk_tokens: int | None = None,
-    share_read: Callable[[], float | None] = lambda: None,
-    on_progress: Callable[[Progress], None] | None = None,
-) -> Reading:
-    """Reads a stream of ids to its end, in memory that does not depend on its length.
-
-    `ids` is run in a thread of its own, so that text is tokenised while the model reads. The model
-    is always given pieces of the same shape, so texts of any length share one compiled program.
-
-    Args:
-        model: what `gemma_jax.load` gives.
-        ids: lists of token ids of any lengths; together one text, or what follows the text already
-            in `state`.
-        state: where to start (batch size 1, consumed); a new text by default.
-        chunk_tokens: size of the pieces, in tokens.
-        share_read: tells which share of the text (0 to 1) has been tokenised, if that is known.
-        on_progress: called after each piece that the device has finished.
-
-    Raises:
-        InputError: no ids, or an id that the model's vocabulary does not have.
-    """
-    config: GemmaConfig = model.config
-    state = init_state(config, batch_size=1) if state is None else state
-    chunk_tokens = chunk_tokens or default_chunk_tokens(config)
-    tokenized = Tokenized(share_read)
-    pieces = pieces_of(tokenized.count(ids), chunk_tokens, config.vocab_size)
-    rate, given, logits = Rate(), 0, None
-    in_flight: collections.deque[tuple[int, jax.Array]] = collections.deque()
-
-    def wait_for_oldest() -> None:
-        done, piece_logits = in_flight.popleft()
-        piece_logits.block_until_ready()
-        rate.update(done)
-        if on_progress:
-            on_progress(tokenized.progress(done, rate))
-
-    for piece, count in ahead(pieces, PIECES_AHEAD):
-        lengths = np.array([count], np.int32)
-        logits, state = prefill(model.params, piece, state, config=config, lengths=lengths)
-        given += count
-        in_flight.append((given, logits))
-        if len(in_flight) > PIECES_IN_FLIGHT:
-            wait_for_oldest()
-    while in_flight:
-        wait_for_oldest()
-    if logits is None:
-        raise InputError("There is nothing to read: give some text.")
-    return Reading(logits, state, given, rate.per_second or 0.0)
-
-
-def write(
-    model: Any,
-    reading: Reading,
-    *,
-    max_new_tokens: int,
-    sampling: Any,
-    seed: int = 0,
-    stop_ids: Sequence[int] = (),
-    block_tokens: int | None = None,
-    rate: Rate | None = None,
-) -> Iterator[int]:
-    """Ids of the model's continuation, up to and including the first of `stop_ids`.
-
-    The reading's State is consumed. The same seed gives the same ids, whatever `block_tokens` is.
-    `rate` is kept up to date, block by block.
-
-    Raises:
-        GemmaError: the model computed numbers that are not finite.
-    """
-    block_tokens = block_tokens or BLOCK_TOKENS.get(jax.default_backend(), DEFAULT_BLOCK_TOKENS)
-    logits, state, key = reading.logits, reading.state, jax.random.key(seed)
-    if not _all_finite(logits):
-        raise GemmaError(_not_finite(reading.tokens))
-    written = given = 0
-    in_flight: collections.deque[Any] = collections.deque()
-    while written < max_new_tokens:
-        # One block ahead: the device works on the next while the host turns this one into text.
-        # What was computed beyond a stop or beyond `max_new_tokens` is thrown away, so that one
-        # block size is all that is compiled.
-        while given < max_new_tokens and len(in_flight) < BLOCKS_IN_FLIGHT:
-            tokens, counts, logits, state = decode_block(
-                model.params,
-                logits,
-                state,
-                config=model.config,
-                sampling=sampling,
-                key=key,
-                num_tokens=block_tokens,
-                stop_ids=tuple(stop_ids),
-            )
-            in_flight.append((tokens, counts, _all_finite(logits)))
-            given += block_tokens
-        tokens, counts, finite = jax.device_get(in_flight.popleft())
-        block = tokens[0, : min(int(counts[0]), max_new_tokens - written)].tolist()
-        written += len(block)
-        if rate:
-            rate.update(written)
-        yield from block
-        if not block or block[-1] in stop_ids:
-            return
-        if not finite:
-            raise GemmaError(_not_finite(reading.tokens + written))
 
 
 class Answer(Iterator[str]):
@@ -167,8 +42,11 @@ class Answer(Iterator[str]):
     def __init__(
         self,
         model: Any,
-        text: str | Iterable[str],
+        text: str | Iterable[str] | None,
         *,
+        memory: Memory | None,
+        keeper: Keeper | None,
+        on_memory: Callable[[Memory], None] | None,
         max_new_tokens: int,
         sampling: Any,
         seed: int,
@@ -180,6 +58,7 @@ class Answer(Iterator[str]):
     ):
         self._model = model
         self._source = text
+        self._memory, self._keeper, self._on_memory = memory, keeper, on_memory
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
         self._stops = StopTexts(stop)
@@ -222,30 +101,11 @@ class Answer(Iterator[str]):
                 yield piece
 
     def _unrecorded(self) -> Iterator[str]:
-        model, tokenizer, config = self._model, self._model.tokenizer, self._model.config
-        pieces = [self._source] if isinstance(self._source, str) else self._source
-        ids = text_lib.encode_prompt(
-            tokenizer, pieces, bos_id=config.bos_id, template=self._template
-        )
-        reading = read(
-            model,
-            ids,
-            chunk_tokens=self._chunk_tokens,
-            share_read=lambda: _share_read(self._source),
-            on_progress=self._on_progress,
-        )
-        self.given_tokens = reading.tokens
-        self.prompt_tokens = int(reading.state.length[0])
-        if self.prompt_tokens != self.given_tokens:
-            raise GemmaError(
-                f"Only {self.prompt_tokens} of {self.given_tokens} tokens were read: please report"
-                " this."
-            )
-        self._reading_rate = reading.tokens_per_second
+        reading = self._read()
         self._decode_rate = Rate()
-        stop_ids = stop_token_ids(model)
+        stop_ids = stop_token_ids(self._model)
         written = write(
-            model,
+            self._model,
             reading,
             max_new_tokens=self._max_new_tokens,
             sampling=self._sampling,
@@ -254,7 +114,24 @@ class Answer(Iterator[str]):
             block_tokens=self._block_tokens,
             rate=self._decode_rate,
         )
-        yield from self._texts(written, StreamDecoder(tokenizer), stop_ids)
+        yield from self._texts(written, StreamDecoder(self._model.tokenizer), stop_ids)
+
+    def _read(self) -> Reading:
+        model, memory = self._model, self._memory
+        options = {"template": self._template, "chunk_tokens": self._chunk_tokens}
+        meter = Meter(getattr(self._source, "share_read", lambda: None), self._on_progress)
+        begin = 0 if memory is None else int(memory.state.length[0])
+        if self._source is not None:
+            memory = remember(
+                model, self._source, memory, keeper=self._keeper, meter=meter, **options
+            )
+        if self._on_memory:
+            self._on_memory(memory)
+        reading = recall(model, memory, meter=meter, **options)
+        self.given_tokens = begin + meter.tokens
+        self.prompt_tokens = int(reading.state.length[0])
+        self._reading_rate = meter.rate.per_second
+        return reading
 
     def _texts(
         self, ids: Iterable[int], decoder: StreamDecoder, stop_ids: Sequence[int]
@@ -274,8 +151,11 @@ class Answer(Iterator[str]):
 
 def generate(
     model: Any,
-    text: str | Iterable[str],
+    text: str | Iterable[str] | None,
     *,
+    memory: Memory | None = None,
+    keeper: Keeper | None = None,
+    on_memory: Callable[[Memory], None] | None = None,
     max_new_tokens: int = 256,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -292,7 +172,12 @@ def generate(
 
     Args:
         model: what `gemma_jax.load` gives.
-        text: the text, whole or as pieces (such as `Documents`); BOS is set before it.
+        text: the text, whole or as pieces (such as `Documents`); BOS is set before it. None
+            continues what is in `memory`.
+        memory: what was read before (consumed); the text follows on a new line.
+        keeper: saves the reading while it is under way.
+        on_memory: given all that was read, before the answer is begun; to be saved or copied at
+            once, as it is consumed then.
         max_new_tokens: where the answer ends at the latest.
         temperature: 0 takes the likeliest token; by default 1 where one of the next three is given,
             else 0.
@@ -320,11 +205,14 @@ def generate(
         raise UsageError(f"seed is {seed}: it must be between 0 and {SEED_RANGE - 1}.")
     if text == "":
         raise InputError("The text is empty: give some text.")
-    if temperature is None:
-        temperature = 0.0 if top_k is top_p is min_p is None else 1.0
+    if text is None and memory is None:
+        raise InputError("There is nothing to read: give some text, or a memory.")
     return Answer(
         model,
         text,
+        memory=memory,
+        keeper=keeper,
+        on_memory=on_memory,
         max_new_tokens=max_new_tokens,
         sampling=make_sampling(temperature, top_k=top_k, top_p=top_p, min_p=min_p),
         seed=seed,
@@ -336,34 +224,9 @@ def generate(
     )
 
 
-def stop_token_ids(model: Any) -> tuple[int, ...]:
-    """Ids that end an answer: the model's own list, and the end of turn of its chat template."""
-    ends = text_lib.end_of_turn_ids(model.tokenizer, model.config.bos_id)
-    return tuple(dict.fromkeys((*model.config.eos_ids, *ends)))
-
-
 def peak_memory_bytes() -> int | None:
     """Most memory used on a device so far, by this process; None where the platform is silent."""
     peaks = [
         (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
     ]
     return max((peak for peak in peaks if peak is not None), default=None)
-
-
-@jax.jit
-def _all_finite(logits: jax.Array) -> jax.Array:
-    return jnp.isfinite(logits).all()
-
-
-def _not_finite(tokens: int) -> str:
-    return (
-        f"The model computed numbers that are not finite after {tokens} tokens: check the"
-        " checkpoint, or convert it with --dtype float32."
-    )
-
-
-def _share_read(text: str | Iterable[str]) -> float | None:
-    if isinstance(text, str):
-        return None  # known when all of it is tokenised, which is soon
-    total, read_bytes = getattr(text, "total_bytes", None), getattr(text, "bytes_read", None)
-    return min(1.0, read_bytes / total) if total and read_bytes is not None else None

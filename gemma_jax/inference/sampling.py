@@ -112,12 +112,13 @@ class Chain:
 
 
 def make_sampling(
-    temperature: float = 1.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Sampling:
-    """The strategy that a command line's options describe; temperature 0 is greedy.
+    """The strategy that a command line's options describe; temperature 0 is greedy. Without one it
+    is 1 where another option is given, else 0.
 
     Top-k, top-p and min-p apply to the distribution at temperature 1, in this order; temperature
     comes last.
@@ -125,6 +126,8 @@ def make_sampling(
     Raises:
         UsageError: an option out of its range.
     """
+    if temperature is None:
+        temperature = 0.0 if top_k is top_p is min_p is None else 1.0
     steps: list[Sampling] = []
     steps += [TopK(top_k)] if top_k is not None else []
     steps += [TopP(top_p)] if top_p is not None else []

@@ -1,8 +1,8 @@
 """Memory rules: how a layer remembers the tokens that local attention no longer sees.
 
 A rule is one class of pure functions: `params`, `features`, `init`, `read`, `prepare`, `write`. Ours
-are `off`, `linear`, `delta` and `gated_delta`; a rule of your own lives in your own file and is named
-`path/to/file.py:ClassName` wherever a rule's name is asked for.
+are `off`, `linear`, `delta`, `gated_delta` and `selective_delta`; a rule of your own lives in your own
+file and is named `path/to/file.py:ClassName` wherever a rule's name is asked for.
 
 Memory is float32 and exists per layer and per KV head; the query heads of a group read the same one.
 Keys and queries enter it after QK-norm and before rotary embedding. Each token is written once, with
@@ -25,17 +25,13 @@ from jaxtyping import Array, Bool, Float
 from gemma_jax.config import GLOBAL, GemmaConfig
 from gemma_jax.errors import GemmaError, UsageError
 from gemma_jax.model import kernels
+from gemma_jax.model.delta import EPS, delta_map, einsum, l2_normalize
 
 Memory = dict[str, Array]
 Features = dict[str, Array]
 Params = dict[str, Array]
 
-BLOCK = 64  # tokens of one block of the chunked delta rule
-EPS = 1e-6
 UNROLL = 8  # segments
-
-# The GPU's default for float32 products is TF32, which has ten bits of fraction.
-einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +248,27 @@ class GatedDelta(MemoryRule):
         return {"read": p["gate"]}
 
 
+class SelectiveDelta(GatedDelta):
+    """`gated_delta` that reads where a gate per token and query head opens.
+
+    Reads add g * sigmoid(q w + b) * q M, with g starting at 0. What a query finds keeps its size: one
+    that matches nothing finds little, where a norm would make it as loud as a match.
+    """
+
+    def params(self) -> dict[str, Parameter]:
+        heads, dim = self.config.num_heads, self.config.head_dim
+        return super().params() | {
+            "read_kernel": Parameter((heads, dim), ("heads", "head_dim")),
+            "read_bias": Parameter((heads,), ("heads",)),
+        }
+
+    def read(self, p, memory, q, attended):
+        found = einsum("BTKGF,BKFC->BTKGC", l2_normalize(self.grouped(q)), memory["M"])
+        logit = einsum("BTHC,HC->BTH", q.astype(jnp.float32), p["read_kernel"]) + p["read_bias"]
+        gate = p["gate"] * jax.nn.sigmoid(logit)
+        return (attended + gate[..., None] * found.reshape(attended.shape)).astype(attended.dtype)
+
+
 def lookup_of(rule: MemoryRule, p: Params, memory: Memory) -> Any:
     """The rule's `lookup`; None if it is not of the class that `read` is of, so says something else."""
 
@@ -259,69 +276,6 @@ def lookup_of(rule: MemoryRule, p: Params, memory: Memory) -> Any:
         return next(kind for kind in type(rule).__mro__ if method in vars(kind))
 
     return rule.lookup(p, memory) if owner("read") is owner("lookup") else None
-
-
-def l2_normalize(x: Array) -> Array:
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + EPS)
-
-
-def delta_map(
-    key: Float[Array, "B S K F"], value: Float[Array, "B S K C"], gate: Float[Array, "B S K"]
-) -> tuple[Float[Array, "B K F F"], Float[Array, "B K F C"]]:
-    """What S tokens do to any memory M by M_t = M_{t-1} + g_t k_t (v_t - k_t M_{t-1})^T.
-
-    Keys are L2-normalised first. All tokens together are affine in M: the result is (keep, add), and M
-    becomes keep M + add. A gate of 0 keeps exactly.
-    """
-    if key.dtype == jnp.bfloat16 and kernels.wanted():
-        from gemma_jax.model.kernels import delta as kernel
-
-        if kernel.takes(key.shape[-1], value.shape[-1]):
-            return kernels.with_gradient_of(_delta_map, _delta_map_by_kernel)(key, value, gate)
-    return _delta_map(key, value, gate)
-
-
-def _delta_map(key: Array, value: Array, gate: Array) -> tuple[Array, Array]:
-    """`delta_map` by blocks: within a block the tokens' corrections solve a unit lower triangular
-    system (the WY form of Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule",
-    equations 10 and 11). It is solved by substitution: powers of its matrix overflow when keys are
-    nearly equal. The maps of blocks are then joined in pairs. Everything is float32.
-    """
-    key, value = l2_normalize(key.astype(jnp.float32)), value.astype(jnp.float32)
-    count = 1 << (-(-key.shape[1] // BLOCK) - 1).bit_length()  # of blocks; a power of two
-    pad = count * BLOCK - key.shape[1]
-
-    def blocks(x: Array) -> Array:  # [B, S, K, ...] -> [blocks, B, K, BLOCK, ...]
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:])
-        return jnp.moveaxis(jnp.moveaxis(x, 3, 1), 2, 0)
-
-    key, value, gate = blocks(key), blocks(value), blocks(gate)[..., None]
-    overlap = jnp.tril(gate * einsum("nBKsF,nBKtF->nBKst", key, key), -1)
-    right = jnp.concatenate([gate * value, gate * key], axis=-1)
-    solved = jax.lax.linalg.triangular_solve(
-        overlap + jnp.eye(BLOCK), right, left_side=True, lower=True, unit_diagonal=True
-    )
-    new_value, new_key = jnp.split(solved, [value.shape[-1]], axis=-1)
-    keep = jnp.eye(key.shape[-1]) - einsum("nBKsF,nBKsG->nBKFG", key, new_key)
-    add = einsum("nBKsF,nBKsC->nBKFC", key, new_value)
-    while keep.shape[0] > 1:  # the later map after the earlier one
-        add = einsum("nBKFG,nBKGC->nBKFC", keep[1::2], add[0::2]) + add[1::2]
-        keep = einsum("nBKFG,nBKGH->nBKFH", keep[1::2], keep[0::2])
-    return keep[0], add[0]
-
-
-def _delta_map_by_kernel(key: Array, value: Array, gate: Array) -> tuple[Array, Array]:
-    from gemma_jax.model.kernels import delta as kernel
-
-    def by_head(x: Array) -> Array:  # [B, S, K, ...] -> [B*K, S, ...]
-        x = jnp.moveaxis(x, 2, 1)
-        return x.reshape(-1, *x.shape[2:])
-
-    batch, kv_heads = key.shape[0], key.shape[2]
-    length = jnp.sqrt(jnp.sum(jnp.square(key.astype(jnp.float32)), axis=-1) + EPS)
-    maps = kernel.delta_map(*map(by_head, (key, length, value, gate)))
-    return tuple(x.reshape(batch, kv_heads, *x.shape[1:]) for x in maps)
 
 
 def _fastest(plain: Callable, name: str, q: Array, kv_heads: int) -> Callable:
@@ -346,6 +300,7 @@ RULES: dict[str, type[MemoryRule]] = {
     "linear": Linear,
     "delta": Delta,
     "gated_delta": GatedDelta,
+    "selective_delta": SelectiveDelta,
 }
 
 

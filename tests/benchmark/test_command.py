@@ -10,7 +10,7 @@ from gemma_jax import PRESETS, demo
 from gemma_jax.benchmark import command, device, files, peer, records, running
 from gemma_jax.checkpoint import store
 from gemma_jax.errors import GemmaError, InputError, UsageError
-from gemma_jax.inference.console import count
+from gemma_jax.inference import console
 
 NAME = "random_tiny_gemma"
 
@@ -260,4 +260,4 @@ def test_dense_work_of_a_token():
 
 @pytest.mark.parametrize("text, number", [("10M", 10_000_000), ("8K", 8192), ("700", 700)])
 def test_counts(text, number):
-    assert count(text) == number
+    assert console.count(text) == number

@@ -17,6 +17,7 @@ from gemma_jax import PRESETS
 from gemma_jax.benchmark import records
 from gemma_jax.errors import OutOfMemoryError
 from gemma_jax.evaluate import command, peer
+from gemma_jax.evaluate import plan as planning
 from gemma_jax.evaluate.journal import JOURNAL
 from gemma_jax.evaluate.report import Recall
 from gemma_jax.evaluate.running import Reader
@@ -245,44 +246,22 @@ def test_a_preset_has_random_weights_and_is_labelled_so(evaluate, tmp_path, monk
 def test_the_peer_answers_as_our_model_does_where_attention_sees_all(
     sources, evaluate, tmp_path, monkeypatch
 ):
-    """A haystack of its own for each question, a shared one, and lengths that are not run."""
+    """A haystack of its own for each question, a shared one, and a length that is not run."""
     monkeypatch.setattr(peer, "CHUNK_TOKENS", 200)
-    given = ["--model", sources[1], "--peer", "hf", "--peer-model", sources[0]]
-    given += [
-        "--task",
-        "passkey",
-        "--depths",
-        "0,100",
-        "--segment-length",
-        "512",
-        "--batch-size",
-        "2",
-    ]
-    alone = evaluate(
-        *given,
-        "--lengths",
-        "500,700",
-        "--trials",
-        "1",
-        "--peer-up-to",
-        "600",
-        "--output",
-        tmp_path / "a",
-    )
-    assert alone.code == 0 and "not run" in alone.out
-    ours, hf = rows(tmp_path / "a"), rows(tmp_path / "a", "hf")
-    assert [row["answered"] for row in hf[:2]] == [row["answered"] for row in ours[:2]]
-    assert {row["failed"] for row in hf[2:]} == {"not run: longer than 600 tokens"}
-    assert (
-        evaluate(
-            *given, "--lengths", "700", "--shared", "--questions", "2", "--output", tmp_path / "b"
-        ).code
-        == 0
-    )
-    ours, hf = rows(tmp_path / "b"), rows(tmp_path / "b", "hf")
-    assert len({row["haystack"] for row in hf}) == 1 and len({row["answered"] for row in hf}) > 1
+    monkeypatch.setattr(planning, "SHARED_FROM", 700)
+    arguments = ["--model", sources[1], "--peer", "hf", "--peer-model", sources[0]]
+    arguments += ["--task", "passkey", "--lengths", "500,700,800", "--depths", "0,100"]
+    arguments += ["--trials", "1", "--questions", "2", "--peer-up-to", "750"]
+    arguments += ["--segment-length", "512", "--output", tmp_path]
+    result = evaluate(*arguments)
+    assert result.code == 0 and "not run" in result.out
+    ours, hf = rows(tmp_path), rows(tmp_path, "hf")
+    assert len({row["haystack"] for row in hf}) == 2 + 1 + 1
+    assert len({row["answered"] for row in hf[:6]}) > 2
     for name in ("answered", "text_sha256", "distance", "score"):
-        assert [row[name] for row in hf] == [row[name] for row in ours]
+        assert [row[name] for row in hf[:6]] == [row[name] for row in ours[:6]]
+    assert {row["failed"] for row in hf[6:]} == {"not run: longer than 750 tokens"}
+    assert {row["score"] for row in hf[6:]} == {""} != {row["score"] for row in ours[6:]}
 
 
 def test_what_does_not_fit_the_peer_is_not_run_and_nothing_longer_is_tried(sources, tmp_path):
@@ -331,6 +310,7 @@ def test_what_does_not_fit_the_peer_is_not_run_and_nothing_longer_is_tried(sourc
         (["--lengths", "4K,60"], 2, "--lengths 60 is too short"),
         (["--lengths", "0"], 2, "--lengths"),
         (["--lengths", "many"], 2, "--lengths"),
+        (["--lengths", "4K,inf"], 2, "--lengths"),
         (["--depths", "0,101"], 2, "between 0 and 100"),
         (["--depths", "half"], 2, "--depths"),
         (["--trials", "0"], 2, "at least 1"),
@@ -341,7 +321,8 @@ def test_what_does_not_fit_the_peer_is_not_run_and_nothing_longer_is_tried(sourc
         (["--haystack", "EMPTY"], 3, "empty.txt has no text"),
         (["--haystack", "no/such/file"], 3, "no/such/file"),
         (["--tokenizer", "DIR"], 2, "--preset"),
-        (["--record", "EMPTY"], 3, "holds no such records"),
+        (["--record", "no/such/directory/recall.json"], 3, "is not a directory"),
+        (["--record", "EMPTY"], 3, "holds no records of this kind"),
         (["--model", "DIR"], 3, "DIR"),
     ],
 )
@@ -382,9 +363,9 @@ def test_other_settings_need_another_directory(whole, sources, evaluate):
 def test_perplexity_is_still_the_mode_of_a_text(sources, evaluate, tmp_path):
     (tmp_path / "text.txt").write_text("the people called him by his name and " * 20)
     arguments = ["--model", sources[1], "--text", tmp_path / "text.txt", "--tokens", "120"]
-    forms = ["--local-attention", "segment", "--segment-length", "64", "128"]
+    forms = ["--local-attention", "segment", "--segment-length", "64"]
     result = evaluate(*arguments, *forms, "--without-sink", "--json")
     found = [json.loads(line) for line in result.out.splitlines()]
-    assert result.code == 0 and len(found) == 4
-    assert {record["segment_length"] for record in found} == {64, 128}
+    assert result.code == 0 and len(found) == 2
+    assert {record["segment_length"] for record in found} == {64}
     assert all(0 < record["nll"] < 30 and record["tokens"] == 120 for record in found)

@@ -17,12 +17,12 @@ LIMIT = 9
 
 
 @functools.cache
-def model(rule="gated_delta"):
+def model():
     import transformers
 
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=demo.make_tokenizer())
     config = tiny_config(
-        rule=rule,
+        rule="gated_delta",
         segment_length=8,
         layer_types=("global", "sliding"),
         vocab_size=tokenizer.vocab_size,
@@ -44,9 +44,9 @@ def joined(text):
     return [i for some in text for i in some]
 
 
-def directly(text, question, rule="gated_delta"):
+def directly(text, question):
     """The greedy answer to a text and question read at once, alone."""
-    found = model(rule)
+    found = model()
     ids = joined(text) + question
     tokens = np.zeros((1, 100), np.int32)
     tokens[0, : len(ids)] = ids
@@ -76,14 +76,13 @@ def text_of(ids):
     return to_text(model().tokenizer, ids, (1, 5))
 
 
-@pytest.mark.parametrize("rule", ["linear", "gated_delta"])
-def test_questions_on_a_forked_state_are_answered_as_if_it_was_read_for_each(rule):
-    reader = Reader(model(rule), rows=4, question_tokens=16)
+def test_questions_on_a_forked_state_are_answered_as_if_it_was_read_for_each():
+    reader = Reader(model(), rows=4, question_tokens=16)
     (text,) = texts(1)
     state = reader.read([text], 1, lambda count: None)
     for questions in (QUESTIONS, QUESTIONS[1:3]):  # the State is still there for a second batch
         answers = reader.answer(reader.fork(state), questions, [LIMIT] * len(questions))
-        expected = [directly(text, question, rule) for question in questions]
+        expected = [directly(text, question) for question in questions]
         assert [answer.text for answer in answers] == [text_of(ids) for ids in expected]
         assert [answer.tokens for answer in answers] == [len(ids) for ids in expected]
         assert all(answer.finite for answer in answers)
@@ -104,12 +103,12 @@ def test_rows_of_a_batch_are_answered_as_single_texts():
 
 
 def test_a_grid_of_any_lengths_compiles_once():
-    reader = Reader(model(), rows=2, question_tokens=32)
+    reader = Reader(model(), rows=4, question_tokens=16)
     reader.warm_up([True, False])
     compiled = [f._cache_size() for f in (gemma_jax.prefill, gemma_jax.decode_block, fork)]
     for length in (30, 75):
         some = texts(2, length)
-        reader.answer(reader.read(some, 2, print), QUESTIONS[:2], [20, 3])
+        reader.answer(reader.read(some, 4, print), QUESTIONS[:2], [20, 3])
         reader.answer(reader.fork(reader.read(some[:1], 1, print)), QUESTIONS[:1], [5])
     found = [f._cache_size() for f in (gemma_jax.prefill, gemma_jax.decode_block, fork)]
     assert found == compiled

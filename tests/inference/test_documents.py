@@ -2,6 +2,7 @@
 read.
 """
 
+import hashlib
 import io
 import os
 import sys
@@ -139,3 +140,68 @@ def test_a_pipe_has_no_known_size(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no files without a size here")
 def test_a_file_that_tells_no_size_is_read_all_the_same():
     assert "Name:" in "".join(Documents(["/proc/self/status"]))
+
+
+# --- going on ---
+
+
+@hypothesis.given(
+    contents=st.lists(st.binary(min_size=1, max_size=20), min_size=1, max_size=3),
+    at=st.integers(0, 60),
+)
+@hypothesis.settings(
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+def test_a_text_can_be_gone_on_with_at_any_character(small_reads, file, contents, at):
+    paths = [file(content, str(i)) for i, content in enumerate(contents)]
+
+    def documents():
+        read = Documents(paths, errors="replace")
+        read.track()
+        return read
+
+    first = documents()
+    text = "".join(first)
+    at = min(at, len(text))
+    second = documents()
+    second.go_on(first.position(at))
+    assert "".join(second) == text[at:]
+    assert second.sources == first.sources
+    third = documents()
+    third.go_on(second.position(max(0, len(text) - at - 1)))
+    assert "".join(third) == text[max(at, len(text) - 1) :]
+
+
+def test_sources_are_named_with_size_and_hash(file):
+    read = Documents([file(b"a\n")], "b")
+    list(read)
+    names = [(source.name, source.bytes) for source in read.sources]
+    assert names == [(file(b"a\n"), 2), ("the prompt", 1)]
+    assert read.sources[1].sha256 == hashlib.sha256(b"b").hexdigest()
+
+
+@pytest.mark.parametrize("size", [3, 4, 100])
+@pytest.mark.parametrize("changed", [b"Abcdefgh", b"abcdEfgh", b"abc", b"abcde"])
+def test_a_file_that_is_not_what_was_read_is_refused(monkeypatch, file, changed, size):
+    monkeypatch.setattr(documents, "READ_BYTES", size)
+    first = Documents([file(b"abcdefgh")])
+    first.track()
+    list(first)
+    for data, given in ((b"abcdefxyz", "xyz"), (changed, None)):
+        second = Documents([file(data)])
+        second.go_on(first.position(6))
+        if given:
+            assert "".join(second) == given
+        else:
+            with pytest.raises(InputError, match="does not begin with what was read before"):
+                list(second)
+
+
+def test_fewer_files_than_were_begun_are_refused(file):
+    first = Documents([file(b"a"), file(b"b", "2")])
+    first.track()
+    list(first)
+    with pytest.raises(InputError, match="2 files or prompts"):
+        Documents([file(b"a")]).go_on(first.position(3))

@@ -202,7 +202,7 @@ def test_strategies_are_static_arguments():
         ({"temperature": 0}, Greedy()),
         ({"temperature": 0, "top_p": 0.5}, Greedy()),
         ({"temperature": 0.0, "top_k": 3, "min_p": 0.1}, Greedy()),
-        ({}, Chain((Temperature(1.0),))),
+        ({}, Greedy()),
         ({"top_p": 0.9}, Chain((TopP(0.9), Temperature(1.0)))),
         ({"min_p": 0}, Chain((MinP(0), Temperature(1.0)))),
         (

@@ -85,8 +85,9 @@ def test_the_sink_is_seen_from_afar():
     np.testing.assert_array_equal(without[0], without[1])
 
 
-def test_gated_delta_starts_as_a_no_op_with_live_gradients():
-    config = tiny_config(rule="gated_delta")
+@pytest.mark.parametrize("rule", ["gated_delta", "selective_delta"])
+def test_an_untrained_delta_memory_is_a_no_op_with_live_gradients(rule):
+    config = tiny_config(rule=rule)
     params, tokens = gemma_jax.init_params(config, jax.random.key(0)), random_tokens(config, 1, 30)
     off = config.with_memory(rule="off")
     np.testing.assert_array_equal(

@@ -36,7 +36,7 @@ def delta_map(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "N F F"], Float[Array, "N F C"]]:
-    """(keep, add) of N segments; `gemma_jax.model.memory.delta_map` says of what.
+    """(keep, add) of N segments; `gemma_jax.model.delta.delta_map` says of what.
 
     Args:
         key: as it is in State, bfloat16.

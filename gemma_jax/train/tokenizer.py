@@ -1,0 +1,58 @@
+"""A tokenizer for a model from scratch, learnt from the texts it is to read and built as Gemma's is.
+
+BPE over characters, with ▁ for the space that begins a word and bytes for what has no character of its
+own. No token spans two words, every digit is a token, and so is every sign of punctuation.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from gemma_jax.demo import BYTES, CHARACTERS, CONTROL_TOKENS, assemble
+from gemma_jax.errors import UsageError
+
+SMALLEST = len(CONTROL_TOKENS) + len(BYTES) + len(CHARACTERS)
+
+
+def learn_tokenizer(texts: Iterable[str], size: int) -> Any:
+    """A `tokenizers.Tokenizer` of at most `size` tokens; equal texts give equal tokenizers.
+
+    Raises:
+        UsageError: `size` has no room for control tokens, bytes and characters.
+    """
+    import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    if size < SMALLEST:
+        raise UsageError(f"A tokenizer of {size} tokens is too small: choose {SMALLEST} or more.")
+    learner = tokenizers.Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Replace(" ", "▁")
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Split("▁", "merged_with_next"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split(tokenizers.Regex(r"[^\w▁]"), "isolated"),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(CONTROL_TOKENS) - len(BYTES),
+        initial_alphabet=CHARACTERS,
+        limit_alphabet=len(CHARACTERS),
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    model = json.loads(learner.to_str())["model"]
+    learnt = sorted(model["vocab"], key=model["vocab"].get)
+    return assemble([*BYTES, *learnt], [tuple(pair) for pair in model["merges"]])
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> Path:
+    """Writes the files that `text.load_tokenizer` reads."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    content = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (directory / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")
+    return directory
