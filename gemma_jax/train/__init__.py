@@ -1,1 +1,1 @@
-"""Teaching: the loss, and a step of the optimiser through the memory."""
+"""Teaching a memory, or a whole model: data, steps, runs that can be resumed, and what they make."""

@@ -293,7 +293,8 @@ def make_run(
     import jax
 
     from gemma_jax.model.adapting import split
-    from gemma_jax.train.loop import Plan, Run
+    from gemma_jax.train.loop import Run
+    from gemma_jax.train.plan import Plan
     from gemma_jax.train.saving import Checkpoints
 
     trained, frozen = split(

@@ -1,7 +1,6 @@
 """The run: step after step until the budget is spent, with a log, probes and checkpoints."""
 
 import collections
-import dataclasses
 import functools
 import math
 import signal
@@ -19,7 +18,9 @@ from gemma_jax.errors import GemmaError
 from gemma_jax.inference.console import duration
 from gemma_jax.model import memory as memory_lib
 from gemma_jax.model.adapting import join
+from gemma_jax.model.scan import Remat
 from gemma_jax.train.data import Feeder, HostBatch, Mixture
+from gemma_jax.train.plan import Plan
 from gemma_jax.train.probe import Probe
 from gemma_jax.train.record import Record
 from gemma_jax.train.saving import Checkpoints, Progress
@@ -35,56 +36,6 @@ from gemma_jax.train.step import (
 # its runtime has been seen to wait for ever with several programs in flight.
 IN_FLIGHT = {"cpu": 0}
 DEFAULT_IN_FLIGHT = 2
-SCHEDULES = ("cosine", "linear", "constant")
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How a run goes.
-
-    Attributes:
-        steps, minutes: the budget, one of them; the other is None.
-        learning_rate, memory_learning_rate: at their highest.
-        warmup: steps until they are there.
-        schedule: how they fall, over the whole budget, to `final_rate` of it.
-        accumulate, chunk_tokens, remat: see `make_train_step`.
-        log_steps: of a row of the log.
-        probe_steps: between two probes; 0: only at the end.
-        checkpoint_minutes, checkpoint_steps: between two checkpoints, whichever comes first.
-        stop_minutes: after so long the run is saved and ends, to be resumed.
-    """
-
-    steps: int | None
-    minutes: float | None
-    learning_rate: float
-    memory_learning_rate: float
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    b1: float = 0.9
-    b2: float = 0.95
-    moment_dtype: str | None = None
-    warmup: int = 0
-    schedule: str = "cosine"
-    final_rate: float = 0.1
-    accumulate: int = 1
-    chunk_tokens: int | None = None
-    remat: str | None = "layers"
-    log_steps: int = 10
-    probe_steps: int = 0
-    checkpoint_minutes: float = 10.0
-    checkpoint_steps: int | None = None
-    stop_minutes: float | None = None
-
-    def rate(self, step: int, done: float) -> float:
-        """The learning rate of a step at which this share of the budget is spent."""
-        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        done = min(done, 1.0)
-        fall = {
-            "cosine": 0.5 - 0.5 * math.cos(math.pi * done),
-            "linear": done,
-            "constant": 0.0,
-        }[self.schedule]
-        return self.learning_rate * warm * (1.0 - (1.0 - self.final_rate) * fall)
 
 
 class Run:
@@ -123,28 +74,24 @@ class Run:
         self._mixture, self._plan, self._directory = mixture, plan, directory
         self._checkpoints, self._options = checkpoints, options
         self._probes, self._workers, self._tell = probes, workers, tell
-        # The rates themselves are given to each step: other rates are the same compiled program.
-        optimizer = make_optimizer(
-            1.0,
-            plan.memory_learning_rate / plan.learning_rate,
-            weight_decay=plan.weight_decay,
-            clip_norm=plan.clip_norm,
-            b1=plan.b1,
-            b2=plan.b2,
-            moment_dtype=plan.moment_dtype,
-        )
-        self._step = make_train_step(
+        begin, self._step = _programs(
             config,
-            optimizer,
-            step_tokens=plan.chunk_tokens or mixture.lengths[-1],
-            remat=plan.remat,
-            accumulate=plan.accumulate,
-            watch=True,
+            (
+                ("weight_decay", plan.weight_decay),
+                ("clip_norm", plan.clip_norm),
+                ("b1", plan.b1),
+                ("b2", plan.b2),
+                ("moment_dtype", plan.moment_dtype),
+            ),
+            plan.memory_learning_rate / plan.learning_rate,
+            plan.chunk_tokens or mixture.lengths[-1],
+            plan.remat,
+            plan.accumulate,
         )
         self._carries = mixture.carried_rows > 0
         self._empty = _empty_memories(config, 1)
         carried = _empty_memories(config, mixture.carried_rows) if self._carries else ()
-        self.progress = Progress(0, 0.0, 0, [], trained, jax.jit(optimizer.init)(trained), carried)
+        self.progress = Progress(0, 0.0, 0, [], trained, begin(trained), carried)
         self._pending: collections.deque[tuple[int, HostBatch, float, Any]] = collections.deque()
 
     @property
@@ -423,6 +370,32 @@ def _in_order(named: tuple[str, Any]) -> tuple[int, int]:
 def _full(trained: Any, frozen: Any, *, config: GemmaConfig) -> Any:
     """The whole model, in the dtypes it computes in."""
     return compute_params(join(frozen, trained), config)
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(
+    config: GemmaConfig,
+    adam: tuple[tuple[str, Any], ...],
+    memory_rate: float,
+    step_tokens: int,
+    remat: Remat,
+    accumulate: int,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The optimiser's first state, and a step. Runs of one process share what was compiled.
+
+    Learning rates are given to each step, so that other rates are the same program; `memory_rate` is
+    the memory's over the model's.
+    """
+    optimizer = make_optimizer(1.0, memory_rate, **dict(adam))
+    step = make_train_step(
+        config,
+        optimizer,
+        step_tokens=step_tokens,
+        remat=remat,
+        accumulate=accumulate,
+        watch=True,
+    )
+    return jax.jit(optimizer.init), step
 
 
 def _empty_memories(config: GemmaConfig, rows: int) -> Memories:

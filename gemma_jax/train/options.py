@@ -10,6 +10,7 @@ from typing import Any
 from gemma_jax.config import DTYPES, LOCAL_ATTENTION_FORMS, PRESETS
 from gemma_jax.errors import InputError
 from gemma_jax.inference.console import ArgumentParser, count, number
+from gemma_jax.train.plan import SCHEDULES
 
 KINDS = ("text", "jsonl", "task")
 PER_RUN = (  # options that do not change what is learnt
@@ -213,7 +214,7 @@ def make_parser() -> ArgumentParser:
         group,
         "--schedule",
         "cosine",
-        choices=("cosine", "linear", "constant"),
+        choices=SCHEDULES,
         help="of their fall",
     )
     add(group, "--final-rate", 0.1, metavar="P", type=real(0, 1), help="share of them at the end")

@@ -173,14 +173,6 @@ def test_an_interrupted_run_is_saved_and_goes_on(command, carrying, tmp_path, mo
     assert command(*carrying, "--output", tmp_path / "one", "--resume").code == 0
 
 
-def test_a_run_in_pieces_of_time_is_one_run(command, carrying, tmp_path):
-    given = [*carrying, "--output", tmp_path / "one", "--resume"]
-    done = command(*given, "--stop-after", 1e-6)
-    assert done.code == 0 and "continue with --resume" in done.err
-    assert not (tmp_path / "one").exists()
-    assert command(*given).code == 0 and (tmp_path / "one").is_dir()
-
-
 def test_a_budget_of_minutes_ends_the_run(command, scratch, tmp_path):
     done = command(*scratch, "--minutes", 0.02, "--output", tmp_path / "one")
     assert done.code == 0, done.err
@@ -196,13 +188,16 @@ def test_a_damaged_checkpoint_is_passed_over(command, carrying, finished):
     assert done.code == 0 and "going on after step 6" in done.err and "is damaged" in done.err
 
 
-def test_what_is_resumed_must_be_the_same_model(command, carrying, tmp_path):
+def test_what_was_stopped_goes_on_as_the_same_model_only(command, carrying, tmp_path):
     given = [*carrying, "--output", tmp_path / "one"]
-    assert command(*given, "--stop-after", 1e-6).code == 0
+    done = command(*given, "--stop-after", 1e-6)
+    assert done.code == 0 and "continue with --resume" in done.err
+    assert not (tmp_path / "one").exists()
     done = command(*given, "--resume", "--segment-length", 8)
     assert done.code == 2 and "--segment-length" in done.err
     done = command(*given, "--resume", "--final-rate", 0.5)
     assert done.code == 0 and "began with --final-rate 0.1" in done.err
+    assert (tmp_path / "one").is_dir()
 
 
 def test_numbers_that_are_not_finite_end_the_run(command, scratch, tmp_path):

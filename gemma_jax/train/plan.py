@@ -1,0 +1,55 @@
+"""How a run goes: its budget, its learning rates, and when something is written."""
+
+import dataclasses
+import math
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a run goes.
+
+    Attributes:
+        steps, minutes: the budget, one of them; the other is None.
+        learning_rate, memory_learning_rate: at their highest.
+        warmup: steps until they are there.
+        schedule: how they fall, over the whole budget, to `final_rate` of it.
+        accumulate, chunk_tokens, remat: see `make_train_step`.
+        log_steps: of a row of the log.
+        probe_steps: between two probes; 0: only at the end.
+        checkpoint_minutes, checkpoint_steps: between two checkpoints, whichever comes first.
+        stop_minutes: after so long the run is saved and ends, to be resumed.
+    """
+
+    steps: int | None
+    minutes: float | None
+    learning_rate: float
+    memory_learning_rate: float
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.95
+    moment_dtype: str | None = None
+    warmup: int = 0
+    schedule: str = "cosine"
+    final_rate: float = 0.1
+    accumulate: int = 1
+    chunk_tokens: int | None = None
+    remat: str | None = "layers"
+    log_steps: int = 10
+    probe_steps: int = 0
+    checkpoint_minutes: float = 10.0
+    checkpoint_steps: int | None = None
+    stop_minutes: float | None = None
+
+    def rate(self, step: int, done: float) -> float:
+        """The learning rate of a step at which this share of the budget is spent."""
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        done = min(done, 1.0)
+        fall = {
+            "cosine": 0.5 - 0.5 * math.cos(math.pi * done),
+            "linear": done,
+            "constant": 0.0,
+        }[self.schedule]
+        return self.learning_rate * warm * (1.0 - (1.0 - self.final_rate) * fall)
