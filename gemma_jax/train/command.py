@@ -1,20 +1,18 @@
 """The command: options to a model, data and a plan; the run; and what it makes."""
 
 import argparse
-import dataclasses
 import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_jax.config import PRESETS, GemmaConfig
+from gemma_jax.config import GemmaConfig
 from gemma_jax.errors import CorruptError, InputError, UsageError
 from gemma_jax.train import options as command_line
 
 MEMORY_SHARE = "0.94"  # of the device for JAX, which takes three quarters of it by itself
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # no atomics, and no choice of kernels by timing
-DEFAULT_RULE = "gated_delta"
 SHIPPED = "books"  # in place of a file: the public-domain books that come with the package
 MOST_WORKERS = 4  # each makes more than a million tokens a second
 CARRIED_ROWS = 32  # memories kept for later sequences
@@ -43,13 +41,16 @@ def train(options: argparse.Namespace) -> None:
     check(options)
     from gemma_jax.cache import keep_compiled_programs
     from gemma_jax.inference.console import Console
+    from gemma_jax.train.start import make_model
 
     console = Console(quiet=options.quiet)
     keep_compiled_programs()
     output = Path(options.output).expanduser().absolute()
-    config, params, tokenizer, home = make_model(options)
     directory = run_directory(options)
     try:
+        config, params, tokenizer, home = make_model(
+            options, filler(options), directory, console.show
+        )
         mixture, probes = make_data(options, config, tokenizer, directory, console.show)
         run, what = make_run(options, config, params, mixture, probes, directory, console)
         del params
@@ -86,7 +87,9 @@ def check(options: argparse.Namespace) -> None:
             f"--train {options.train} needs a model that was trained: give --model DIR."
         )
     if scratch and not options.tokenizer:
-        raise UsageError("A model from scratch needs a tokenizer: give --tokenizer DIR.")
+        raise UsageError(
+            "A model from scratch needs a tokenizer: give --tokenizer DIR, or new:SIZE to learn one."
+        )
     if options.tokenizer and not scratch:
         raise UsageError("--tokenizer is for models from scratch: a checkpoint has its own.")
     for kind, what, _ in options.data:
@@ -132,78 +135,6 @@ def filler(options: argparse.Namespace) -> list[Path]:
     """The files that tasks hide their facts in: those named, or the texts, or the package's books."""
     texts = [what for kind, what, _ in options.data if kind == "text"]
     return [file for what in options.filler or texts or [SHIPPED] for file in matches(what)]
-
-
-# --- model ----------------------------------------------------------------------------------------
-
-
-def make_model(options: argparse.Namespace) -> tuple[GemmaConfig, Any, Any, Path]:
-    """Configuration, parameters, tokenizer, and the directory the tokenizer came from."""
-    import jax
-
-    from gemma_jax.checkpoint import store
-    from gemma_jax.model.memory import make_rule
-    from gemma_jax.model.transformer import init_params
-    from gemma_jax.text import load_tokenizer
-
-    settings = {
-        name: getattr(options, name) for name in ("segment_length", "local_attention", "write_gate")
-    }
-    settings = {name: value for name, value in settings.items() if value is not None}
-    if options.model:
-        recorded = store.read_config(options.model, memory=options.memory)
-        rule = options.memory or recorded.memory.rule
-        rule = DEFAULT_RULE if rule == "off" and not options.memory else rule
-        config = recorded.with_memory(rule=rule, **settings)
-        if config.quantized and options.train != "memory":
-            raise UsageError(
-                f"{options.model} is quantised, so only its memory can be trained: convert it without"
-                " --quantize for --train " + options.train + "."
-            )
-        require_parameters(options, config)
-        model = store.load(options.model, memory=rule, dtype=options.dtype)
-        config = dataclasses.replace(model.config, memory=config.memory)
-        return config, model.params, model.tokenizer, model.path
-    config = PRESETS[options.preset] if options.preset else read_config(Path(options.config))
-    rule = options.memory or (config.memory.rule if options.config else DEFAULT_RULE)
-    config = config.with_memory(rule=rule, **settings)
-    config = dataclasses.replace(config, dtype=options.dtype or config.dtype, quantization=None)
-    make_rule(config)
-    home = Path(options.tokenizer)
-    tokenizer = load_tokenizer(home)
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"The tokenizer of {home} has {len(tokenizer)} tokens, and the model's vocabulary"
-            f" {config.vocab_size}: choose a tokenizer or a --config that belong together."
-        )
-    return config, jax.jit(init_params, static_argnums=0)(config, _key(options)), tokenizer, home
-
-
-def read_config(file: Path) -> GemmaConfig:
-    """A `GemmaConfig` as `to_json` writes it."""
-    try:
-        return GemmaConfig.from_json(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{file} cannot be read ({error.strerror}): name a GemmaConfig."
-        ) from error
-
-
-def require_parameters(options: argparse.Namespace, config: GemmaConfig) -> None:
-    """Raises `UsageError` when a rule has nothing that could be trained."""
-    from gemma_jax.model.memory import make_rule
-
-    if options.train == "memory" and not make_rule(config).params():
-        raise UsageError(
-            f"Memory rule {config.memory.rule} has no parameters to train: choose another --memory, or"
-            " --train all."
-        )
-
-
-def _key(options: argparse.Namespace) -> Any:
-    import jax
-
-    return jax.random.key(options.seed)
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -298,7 +229,10 @@ def make_run(
     from gemma_jax.train.saving import Checkpoints
 
     trained, frozen = split(
-        params, options.train, rank=options.rank, key=jax.random.fold_in(_key(options), 1)
+        params,
+        options.train,
+        rank=options.rank,
+        key=jax.random.fold_in(jax.random.key(options.seed), 1),
     )
     rate = options.learning_rate
     plan = Plan(

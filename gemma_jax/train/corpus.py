@@ -107,7 +107,7 @@ def tokenize_text(file: Path, tokenizer: Any, cache: Path, on_text: OnText | Non
     """The ids of a text file (`.xz`: compressed), from the cache if it holds them."""
 
     def make() -> tuple[np.ndarray, np.ndarray]:
-        ids = _joined(_counted(encode_stream(tokenizer, _read_text(file)), file, on_text))
+        ids = _joined(_counted(encode_stream(tokenizer, read_text(file)), file, on_text))
         return ids, sentence_starts(ids, tokenizer)
 
     return Text(*_kept(cache, _key(file, tokenizer, "text"), ("ids", "starts"), make))
@@ -160,7 +160,7 @@ def sentence_starts(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
     return np.flatnonzero(is_start)
 
 
-def _read_text(file: Path) -> Iterator[str]:
+def read_text(file: Path) -> Iterator[str]:
     if file.suffix != ".xz":
         yield from Documents([str(file)])
         return

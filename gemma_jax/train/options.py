@@ -142,7 +142,12 @@ def make_parser() -> ArgumentParser:
     add(which, "--model", metavar="DIR", help="a checkpoint to start from")
     which.add_argument("--preset", choices=tuple(PRESETS), help="a published shape, from scratch")
     add(which, "--config", metavar="FILE", help="a GemmaConfig in JSON, from scratch")
-    add(group, "--tokenizer", metavar="DIR", help="of a model from scratch")
+    add(
+        group,
+        "--tokenizer",
+        metavar="DIR",
+        help="of a model from scratch; new:SIZE learns one from the texts",
+    )
     group.add_argument(
         "--train",
         choices=("memory", "lora", "all"),

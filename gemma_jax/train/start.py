@@ -1,18 +1,118 @@
-"""Where a model from scratch begins."""
+"""What a run starts from: a model that exists, or one from scratch."""
 
+import argparse
+import dataclasses
+import itertools
 import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gemma_jax.config import GemmaConfig
+from gemma_jax.checkpoint import store
+from gemma_jax.config import PRESETS, GemmaConfig
+from gemma_jax.errors import InputError, UsageError
 from gemma_jax.model.adapting import is_memory
+from gemma_jax.model.memory import make_rule
 from gemma_jax.model.transformer import Params, init_params
+from gemma_jax.text import load_tokenizer
+from gemma_jax.train.corpus import read_text
+from gemma_jax.train.tokenizer import learn_tokenizer, save_tokenizer
 
+DEFAULT_RULE = "gated_delta"
+NEW = "new:"  # and a number of tokens, in place of a tokenizer's directory
 INIT_SPREAD = 0.02  # of `init_params`, at any width
 ENDS_OF_BRANCHES = ("out", "down")  # matrices whose products are added to the residual stream
+
+Tell = Callable[[str, int | None, int | None], None]
+
+
+def make_model(
+    options: argparse.Namespace, texts: Sequence[Path], directory: Path, tell: Tell
+) -> tuple[GemmaConfig, Params, Any, Path]:
+    """Configuration, parameters, tokenizer, and the directory the tokenizer came from.
+
+    Args:
+        options: of the command line.
+        texts: what a new tokenizer is learnt from.
+        directory: of the run, where it is kept.
+        tell: is told what takes long.
+    """
+    settings = {
+        name: getattr(options, name) for name in ("segment_length", "local_attention", "write_gate")
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if options.model:
+        recorded = store.read_config(options.model, memory=options.memory)
+        rule = options.memory or recorded.memory.rule
+        rule = DEFAULT_RULE if rule == "off" and not options.memory else rule
+        config = recorded.with_memory(rule=rule, **settings)
+        if config.quantized and options.train != "memory":
+            raise UsageError(
+                f"{options.model} is quantised, so only its memory can be trained: convert it without"
+                " --quantize for --train " + options.train + "."
+            )
+        require_parameters(options, config)
+        model = store.load(options.model, memory=rule, dtype=options.dtype)
+        config = dataclasses.replace(model.config, memory=config.memory)
+        return config, model.params, model.tokenizer, model.path
+    config = PRESETS[options.preset] if options.preset else read_config(Path(options.config))
+    rule = options.memory or (config.memory.rule if options.config else DEFAULT_RULE)
+    config = config.with_memory(rule=rule, **settings)
+    config = dataclasses.replace(config, dtype=options.dtype or config.dtype, quantization=None)
+    make_rule(config)
+    if options.tokenizer.startswith(NEW):
+        home = directory / "tokenizer"
+        if not (home / "tokenizer.json").is_file():
+            tell("learning a tokenizer", 0, None)
+            content = itertools.chain.from_iterable(map(read_text, texts))
+            save_tokenizer(learn_tokenizer(content, new_size(options.tokenizer)), home)
+    else:
+        home = Path(options.tokenizer)
+    tokenizer = load_tokenizer(home)
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"The tokenizer of {home} has {len(tokenizer)} tokens, and the model's vocabulary"
+            f" {config.vocab_size}: choose a tokenizer or a --config that belong together."
+        )
+    params = jax.jit(fresh_params, static_argnums=0)(config, jax.random.key(options.seed))
+    return config, params, tokenizer, home
+
+
+def new_size(tokenizer: str) -> int:
+    """The SIZE of `new:SIZE`.
+
+    Raises:
+        UsageError: it is no number.
+    """
+    try:
+        return int(tokenizer.removeprefix(NEW))
+    except ValueError:
+        raise UsageError(
+            f"--tokenizer {tokenizer} has no number of tokens: write e.g. {NEW}4096."
+        ) from None
+
+
+def read_config(file: Path) -> GemmaConfig:
+    """A `GemmaConfig` as `to_json` writes it."""
+    try:
+        return GemmaConfig.from_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be read ({error.strerror}): name a GemmaConfig."
+        ) from error
+
+
+def require_parameters(options: argparse.Namespace, config: GemmaConfig) -> None:
+    """Raises `UsageError` when a rule has nothing that could be trained."""
+    if options.train == "memory" and not make_rule(config).params():
+        raise UsageError(
+            f"Memory rule {config.memory.rule} has no parameters to train: choose another --memory, or"
+            " --train all."
+        )
 
 
 def fresh_params(config: GemmaConfig, key: Array) -> Params:

@@ -51,8 +51,8 @@ def learn_tokenizer(texts: Iterable[str], size: int) -> Any:
 def save_tokenizer(tokenizer: Any, directory: Path) -> Path:
     """Writes the files that `text.load_tokenizer` reads."""
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
     names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
     content = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     (directory / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")
+    tokenizer.save(str(directory / "tokenizer.json"))  # last: with it the directory is complete
     return directory

@@ -13,6 +13,7 @@ from teaching import add_digits, equal_trees
 
 import gemma_jax
 from gemma_jax.checkpoint import store
+from gemma_jax.text import encode
 from gemma_jax.train import command as train_command
 from gemma_jax.train import loop, options, record
 from gemma_jax.train.saving import Checkpoints
@@ -173,6 +174,17 @@ def test_an_interrupted_run_is_saved_and_goes_on(command, carrying, tmp_path, mo
     assert command(*carrying, "--output", tmp_path / "one", "--resume").code == 0
 
 
+def test_a_model_from_scratch_may_learn_its_tokenizer(command, scratch, home, tmp_path):
+    one = tmp_path / "one"
+    done = command(*scratch, "--steps", 1, "--output", one, "--tokenizer", "new:420")
+    assert done.code == 0, done.err
+    found = gemma_jax.load(one).tokenizer
+    assert len(encode(found, " the")) == 1 and len(found) <= 420
+    assert (one / "tokenizer.json").read_bytes() == (
+        run_of(one) / "tokenizer" / "tokenizer.json"
+    ).read_bytes()
+
+
 def test_a_budget_of_minutes_ends_the_run(command, scratch, tmp_path):
     done = command(*scratch, "--minutes", 0.02, "--output", tmp_path / "one")
     assert done.code == 0, done.err
@@ -222,6 +234,8 @@ def test_numbers_that_are_not_finite_end_the_run(command, scratch, tmp_path):
         (["--memory", "nothing"], 2, "no memory rule"),
         (["--config", "missing.json"], 3, "missing.json"),
         (["--tokenizer", "."], 3, "tokenizer.json"),
+        (["--tokenizer", "new:many"], 2, "has no number of tokens"),
+        (["--tokenizer", "new:100"], 2, "too small"),
         (["--recipe", "missing.toml"], 3, "missing.toml"),
         (["--resume", "--overwrite"], 2, "choose one of them"),
         (["--learning-rate", "0"], 2, "--learning-rate"),
