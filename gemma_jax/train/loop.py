@@ -19,9 +19,10 @@ from gemma_jax.inference.console import duration
 from gemma_jax.model import memory as memory_lib
 from gemma_jax.model.adapting import join
 from gemma_jax.model.scan import Remat
-from gemma_jax.train.data import Feeder, HostBatch, Mixture
+from gemma_jax.train.data import Feeder, HostBatch, Mixture, choose_length
 from gemma_jax.train.plan import Plan
 from gemma_jax.train.probe import Probe
+from gemma_jax.train.programs import Programs
 from gemma_jax.train.record import Record
 from gemma_jax.train.saving import Checkpoints, Progress
 from gemma_jax.train.step import (
@@ -92,6 +93,8 @@ class Run:
         self._empty = _empty_memories(config, 1)
         carried = _empty_memories(config, mixture.carried_rows) if self._carries else ()
         self.progress = Progress(0, 0.0, 0, [], trained, begin(trained), carried)
+        parts = (trained, self.progress.optimizer_state, frozen or None)
+        self._shapes = jax.eval_shape(lambda *parts: parts, *parts)
         self._pending: collections.deque[tuple[int, HostBatch, float, Any]] = collections.deque()
 
     @property
@@ -121,6 +124,7 @@ class Run:
         with (
             Interruption() as interrupted,
             Feeder(self._mixture, first, self._share, self._workers) as batches,
+            Programs(self._compile, self._lengths()) as self._programs,
         ):
             self._saved = time.monotonic(), first
             while not self._is_done():
@@ -139,6 +143,32 @@ class Run:
                 self._record.draw()
         return "done"
 
+    def _lengths(self) -> list[int]:
+        """Of the sequences, in the order in which they will come."""
+        step = self.progress.step
+        first = choose_length(self._mixture, step, self._share(step))
+        return sorted(self._mixture.lengths, key=lambda length: (length != first, length))
+
+    def _compile(self, length: int) -> Any:
+        """The step for sequences of a length."""
+        rows = self._mixture.rows(length)
+        ids, weights, answers, start, rate = (
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in (
+                ((rows, length), np.int32),
+                ((rows, length), np.float32),
+                ((rows, length), np.bool_),
+                ((rows,), np.int32),
+                ((), np.float32),
+            )
+        )
+        memories = None
+        if self._carries:
+            memories = jax.eval_shape(_begin, self._empty, self.progress.carried, start)
+        trained, state, frozen = self._shapes
+        batch = Batch(ids, ids, weights, answers)
+        return self._step.lower(trained, state, batch, memories, frozen, rate).compile()
+
     # --- a step -----------------------------------------------------------------------------------
 
     def _advance(self, made: HostBatch) -> None:
@@ -151,7 +181,8 @@ class Run:
             jnp.asarray(made.answers),
         )
         memories = _begin(self._empty, progress.carried, made.start) if self._carries else None
-        progress.trained, progress.optimizer_state, metrics = self._step(
+        step = self._programs[made.weights.shape[1]]
+        progress.trained, progress.optimizer_state, metrics = step(
             progress.trained,
             progress.optimizer_state,
             batch,
