@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ import pytest
 
 from gemma_jax import PRESETS
 from gemma_jax.benchmark import records
+from gemma_jax.checkpoint.store import read_config
 from gemma_jax.errors import OutOfMemoryError
 from gemma_jax.evaluate import command, peer
 from gemma_jax.evaluate import plan as planning
 from gemma_jax.evaluate.journal import JOURNAL
 from gemma_jax.evaluate.report import Recall
 from gemma_jax.evaluate.running import Reader
+from gemma_jax.model.state import state_bytes
 
 GRID = ["--task", "passkey", "--lengths", "500,700", "--depths", "0,100", "--trials", "3"]
 SMALL = ["--segment-length", "64", "--batch-size", "3"]
@@ -222,6 +225,15 @@ def test_the_baseline_is_the_model_with_memory_off_on_the_same_trials(
     found = records.read(tmp_path / "recall.json", Recall)
     assert {r.rule for r in found} == {"linear", "off"}
     assert all((r.baseline is None) == (r.rule == "off") for r in found)
+    states = {r.rule: r.state_bytes for r in found}
+    config = read_config(sources[1]).with_memory(segment_length=64)
+    assert states["off"] == state_bytes(config) < states["linear"]
+    assert results(tmp_path)["state_bytes"] == {"ours": states["linear"], "off": states["off"]}
+    (recorded,) = {r.command for r in found}
+    assert recorded == shlex.join(
+        ["python", "-m", "gemma_jax.evaluate", "--model", str(sources[1]), *GRID, *SMALL]
+        + [str(argument) for argument in arguments]
+    )  # where the files go does not matter
 
 
 def test_a_preset_has_random_weights_and_is_labelled_so(evaluate, tmp_path, monkeypatch):
