@@ -101,6 +101,11 @@ def check(options: argparse.Namespace) -> Subject:
     tokenizer = load_tokenizer(options)
     books = tuple(options.haystack or haystacks.shipped("held_out"))
     haystacks.check(books)
+    if options.haystack and all(task.haystack != "books" for task in made):
+        hidden = " and ".join(f"{task.name} is hidden in {task.haystack}" for task in made)
+        raise UsageError(
+            f"--haystack names books, but {hidden}: add --filler books, or choose other tasks."
+        )
     if options.peer:
         require_peer(options)
     wanted = planning.Options(

@@ -50,6 +50,7 @@ class Recall:
     device: str
     versions: dict[str, str]
     date: str
+    haystack: str | None = None  # grass, books, needles or words; None in older records
 
 
 def report(subject: Any, journal: Journal) -> None:
@@ -164,7 +165,7 @@ def recalls(
 ) -> Iterator[Recall]:
     """Records of the cells that have an accuracy."""
     stamp = records.stamp(MODULE, NOT_RECORDED)
-    chances = {task.name: task.chance for task in subject.tasks}
+    tasks = {task.name: task for task in subject.tasks}
     rules = {"ours": subject.config.memory.rule, "off": "off", "hf": FULL_ATTENTION}
     off = {
         (cell.task, cell.tokens, cell.depth): cell.estimate.accuracy
@@ -190,7 +191,8 @@ def recalls(
             },
             model=model_name(subject),
             rule=rules[cell.setting],
-            chance=chances[cell.task],
+            chance=tasks[cell.task].chance,
+            haystack=tasks[cell.task].haystack,
             baseline=off.get(place) if cell.setting == "ours" else None,
             seed=subject.options.seed,
             forms=subject.options.forms,

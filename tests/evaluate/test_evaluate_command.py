@@ -96,6 +96,7 @@ def test_every_trial_is_in_the_table_the_files_and_the_records(whole, sources, e
     recalls = records.read(whole / "recall.json", Recall)
     assert {(r.tokens, r.depth) for r in recalls} == set(cells)
     assert {(r.model, r.rule, r.seed) for r in recalls} == {("random_tiny_gemma", "off", 0)}
+    assert {r.haystack for r in recalls} == {"grass"}
     assert {r.trials_sha256 for r in recalls} == {content["trials_sha256"]}  # the same twice
 
 
@@ -332,6 +333,7 @@ def test_what_does_not_fit_the_peer_is_not_run_and_nothing_longer_is_tried(sourc
         (["--peer", "hf"], 2, "--peer-model"),
         (["--haystack", "EMPTY"], 3, "empty.txt has no text"),
         (["--haystack", "no/such/file"], 3, "no/such/file"),
+        (["--haystack", "BOOK"], 2, "passkey is hidden in grass: add --filler books"),
         (["--tokenizer", "DIR"], 2, "--preset"),
         (["--record", "no/such/directory/recall.json"], 3, "is not a directory"),
         (["--record", "EMPTY"], 3, "holds no records of this kind"),
@@ -342,8 +344,10 @@ def test_bad_input_is_one_sentence_before_anything_is_read(
     sources, evaluate, tmp_path, monkeypatch, arguments, code, said
 ):
     (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night.")
     monkeypatch.setattr(command, "load_model", None)  # nothing is loaded
-    words = [str(tmp_path / "empty.txt") if word == "EMPTY" else word for word in arguments]
+    files = {"EMPTY": tmp_path / "empty.txt", "BOOK": tmp_path / "book.txt"}
+    words = [str(files.get(word, word)) for word in arguments]
     result = evaluate(
         "--model", sources[1], "--task", "passkey", "--output", tmp_path / "out", *words
     )
