@@ -42,7 +42,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from gemma_jax.evaluate import report
     from gemma_jax.inference.console import Console
 
-    console = Console(quiet=options.quiet)
+    console = Console(quiet=options.quiet, debug=options.debug)
     subject = check(options)
     if options.record:
         file = Path(options.record).absolute()

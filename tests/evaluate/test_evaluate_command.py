@@ -200,7 +200,8 @@ def test_what_fails_is_reported_never_counted_and_tried_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(Reader, "read", failing)
-        result = evaluate(*arguments)
+        result = evaluate(*arguments, "--debug")
+    assert "in failing\n" in result.err  # the traceback
     assert result.code == 1 and "error: 3 of 12 trials failed (no room)" in result.err
     assert "3 failed" in result.out
     failed = [row for row in rows(tmp_path) if row["failed"]]
