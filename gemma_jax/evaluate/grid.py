@@ -155,7 +155,7 @@ def run_group(
         read = sum(text.tokens for text in texts.values())
         composing = sum(text.seconds for text in texts.values())
         spent = (read_seconds, composing, answer_tokens, answer_seconds)
-        journal.add([Reading(setting, read, *spent, reader.peak_bytes())])
+        journal.add([Reading(setting, read, *spent, reader.peak_bytes(), reader.device)])
     except Exception as error:
         clock.failed(error)
         journal.add(failures(setting, pending, str(as_gemma_error(error))))

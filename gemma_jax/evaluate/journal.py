@@ -59,6 +59,7 @@ class Reading:
     answer_tokens: int
     answer_seconds: float
     peak_bytes: int | None  # of device memory, in the process until then
+    device: str | None = None
 
 
 class Journal:

@@ -182,6 +182,7 @@ def recalls(
             from gemma_jax.evaluate.peer import versions
 
             peers = {"versions": stamp["versions"] | versions()}
+        device = figures[cell.setting]["device"]  # which may not be that of this process
         place = (cell.task, cell.tokens, cell.depth)
         yield Recall(
             **values,
@@ -200,5 +201,5 @@ def recalls(
             read_tokens_per_second=figures[cell.setting]["read_tokens_per_second"],
             peak_bytes=figures[cell.setting]["peak_bytes"],
             state_bytes=state_bytes.get(cell.setting),
-            **stamp | peers,
+            **stamp | peers | ({"device": device} if device else {}),
         )

@@ -115,6 +115,7 @@ def figures(readings: Sequence[Reading]) -> dict[str, dict[str, Any]]:
             "answer_seconds": sums["answer_seconds"],
             "answer_tokens_per_second": _rate(sums["answer_tokens"], sums["answer_seconds"]),
             "peak_bytes": max(peaks, default=None),
+            "device": ", ".join(dict.fromkeys(r.device for r in some if r.device)) or None,
         }
     return found
 

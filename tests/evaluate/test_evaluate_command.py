@@ -166,6 +166,18 @@ def assert_same_files(whole, other):
         assert first[name] == second[name]
 
 
+def test_records_name_the_device_that_read_though_another_process_writes_them(
+    whole, sources, evaluate, tmp_path
+):
+    journal = (whole / JOURNAL).read_text()
+    assert '"device": "cpu"' in journal
+    (tmp_path / JOURNAL).write_text(journal.replace('"device": "cpu"', '"device": "a GPU"'))
+    arguments = ["--model", sources[1], *GRID, *SMALL, "--output", tmp_path]
+    assert evaluate(*arguments, "--record", tmp_path / "recall.json").code == 0
+    assert {r.device for r in records.read(tmp_path / "recall.json", Recall)} == {"a GPU"}
+    assert results(tmp_path)["figures"]["ours"]["device"] == "a GPU"
+
+
 def test_an_interruption_ends_with_130_and_keeps_what_was_finished(
     whole, sources, evaluate, tmp_path, monkeypatch
 ):
@@ -287,7 +299,7 @@ def test_what_does_not_fit_the_peer_is_not_run_and_nothing_longer_is_tried(sourc
     subject = command.check(command.parse(arguments))
 
     class Small:
-        rows, out_of_memory, tried = 1, False, []
+        rows, device, out_of_memory, tried = 1, "a device", False, []
 
         def warm_up(self, shared):
             return 0.0
