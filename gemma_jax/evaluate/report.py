@@ -43,7 +43,7 @@ class Recall:
     seed: int
     forms: str | None
     trials_sha256: str | None
-    read_tokens_per_second: float
+    read_tokens_per_second: float | None
     peak_bytes: int | None
     state_bytes: int | None
     command: str
@@ -182,7 +182,8 @@ def recalls(
             from gemma_jax.evaluate.peer import versions
 
             peers = {"versions": stamp["versions"] | versions()}
-        device = figures[cell.setting]["device"]  # which may not be that of this process
+        figure = figures.get(cell.setting, {}).get  # of none if every reading was cut short
+        device = figure("device")  # which may not be that of this process
         place = (cell.task, cell.tokens, cell.depth)
         yield Recall(
             **values,
@@ -198,8 +199,8 @@ def recalls(
             seed=subject.options.seed,
             forms=subject.options.forms,
             trials_sha256=digest,
-            read_tokens_per_second=figures[cell.setting]["read_tokens_per_second"],
-            peak_bytes=figures[cell.setting]["peak_bytes"],
+            read_tokens_per_second=figure("read_tokens_per_second"),
+            peak_bytes=figure("peak_bytes"),
             state_bytes=state_bytes.get(cell.setting),
             **stamp | peers | ({"device": device} if device else {}),
         )

@@ -178,6 +178,16 @@ def test_records_name_the_device_that_read_though_another_process_writes_them(
     assert results(tmp_path)["figures"]["ours"]["device"] == "a GPU"
 
 
+def test_trials_whose_reading_was_cut_short_are_recorded(whole, sources, evaluate, tmp_path):
+    lines = (whole / JOURNAL).read_text().splitlines(keepends=True)
+    (tmp_path / JOURNAL).write_text("".join(line for line in lines if '"reading"' not in line))
+    arguments = ["--model", sources[1], *GRID, *SMALL, "--output", tmp_path]
+    assert evaluate(*arguments, "--record", tmp_path / "recall.json").code == 0
+    found = records.read(tmp_path / "recall.json", Recall)
+    assert sum(r.trials for r in found if r.depth is not None) == 12
+    assert {(r.read_tokens_per_second, r.peak_bytes) for r in found} == {(None, None)}
+
+
 def test_an_interruption_ends_with_130_and_keeps_what_was_finished(
     whole, sources, evaluate, tmp_path, monkeypatch
 ):
