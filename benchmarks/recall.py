@@ -8,7 +8,7 @@ from gemma_jax.benchmark.records import read, slug
 from gemma_jax.evaluate import heatmap
 from gemma_jax.evaluate.report import FULL_ATTENTION, Recall
 
-Series = tuple[str, str, str, str]  # task, model, rule, wording
+Series = tuple[str, str, str, str, str]  # task, model, rule, wording, haystack
 HEAD = "| tokens | depth | accuracy | 95 % interval | trials (haystacks) | chance | memory off | repeated |"
 
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def page(records: Sequence[Recall], pictures: Path) -> str:
-    """The page as Markdown, a section for each task, model, rule of memory and wording."""
+    """The page as Markdown, a section for each task, model, rule of memory, wording and haystack."""
     lines = [
         "# Recalled",
         "",
@@ -43,7 +43,7 @@ def by_series(records: Sequence[Recall]) -> dict[Series, list[Recall]]:
     """The latest record of each cell, by what belongs in one table."""
     latest: dict[Series, dict[tuple[int, float | None], Recall]] = {}
     for record in records:
-        series = (record.task, record.model, record.rule, record.forms)
+        series = (record.task, record.model, record.rule, record.forms, record.haystack or "")
         latest.setdefault(series, {})[record.tokens, record.depth] = record
     return {
         series: sorted(cells.values(), key=lambda r: (r.tokens, r.depth is None, r.depth))
@@ -52,10 +52,11 @@ def by_series(records: Sequence[Recall]) -> dict[Series, list[Recall]]:
 
 
 def _section(series: Series, records: list[Recall], pictures: Path) -> list[str]:
-    task, model, rule, forms = series
+    task, model, rule, forms, haystack = series
     how = rule if rule == FULL_ATTENTION else f"memory {rule}"
     wording = "" if forms == "classic" else f", {forms} wording"
-    lines = [f"## {task}: {model}, {how}{wording}", ""]
+    where = f" in {haystack}" if haystack else ""
+    lines = [f"## {task}{where}: {model}, {how}{wording}", ""]
     squares = [
         heatmap.Square(r.tokens, r.depth, r.accuracy, r.within_reach)
         for r in records
@@ -64,7 +65,7 @@ def _section(series: Series, records: list[Recall], pictures: Path) -> list[str]
     if squares:
         pictures.mkdir(exist_ok=True)
         name = f"{slug('_'.join(series))}.png"
-        title = f"{task}{wording}\n{model}, {how}"
+        title = f"{task}{where}{wording}\n{model}, {how}"
         heatmap.draw(pictures / name, title, records[0].chance, squares)
         lines += [f"![accuracy by length and depth]({pictures.name}/{name})", ""]
     lines += [HEAD, "|---:|---:|---:|---|---:|---:|---:|---:|"]

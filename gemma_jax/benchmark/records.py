@@ -8,7 +8,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,21 +84,36 @@ def make_record(name: str, unit: str, repeats: list[float]) -> Record:
     )
 
 
-def stamp(module: str = "gemma_jax.benchmark") -> dict[str, Any]:
-    """What every record says of where it comes from: command, device, versions and date."""
+def stamp(
+    module: str = "gemma_jax.benchmark", without: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """What every record says of where it comes from: command, device, versions and date; `without` as
+    `command` has it.
+    """
     import jax
 
     return {
-        "command": command(module),
+        "command": command(module, without),
         "device": jax.local_devices()[0].device_kind,
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "date": datetime.date.today().isoformat(),
     }
 
 
-def command(module: str = "gemma_jax.benchmark") -> str:
-    """The command line of this process."""
-    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+def command(module: str = "gemma_jax.benchmark", without: Mapping[str, int] | None = None) -> str:
+    """The command line of this process.
+
+    Args:
+        without: options that are left out, with how many values each takes (0 or 1).
+    """
+    arguments, kept, without = iter(sys.argv[1:]), [], without or {}
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if name not in without:
+            kept.append(argument)
+        elif without[name] and not equals:
+            next(arguments, None)
+    return shlex.join(["python", "-m", module, *kept])
 
 
 def read(path: Path, kind: type[R] = Record) -> list[R]:

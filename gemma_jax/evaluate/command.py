@@ -42,7 +42,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from gemma_jax.evaluate import report
     from gemma_jax.inference.console import Console
 
-    console = Console(quiet=options.quiet)
+    console = Console(quiet=options.quiet, debug=options.debug)
     subject = check(options)
     if options.record:
         file = Path(options.record).absolute()
@@ -101,6 +101,11 @@ def check(options: argparse.Namespace) -> Subject:
     tokenizer = load_tokenizer(options)
     books = tuple(options.haystack or haystacks.shipped("held_out"))
     haystacks.check(books)
+    if options.haystack and all(task.haystack != "books" for task in made):
+        hidden = " and ".join(f"{task.name} is hidden in {task.haystack}" for task in made)
+        raise UsageError(
+            f"--haystack names books, but {hidden}: add --filler books, or choose other tasks."
+        )
     if options.peer:
         require_peer(options)
     wanted = planning.Options(

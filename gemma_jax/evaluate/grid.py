@@ -42,6 +42,10 @@ class Clock:
             Progress(self._done, self._total, self._rate, self._left() if self._rate else None)
         )
 
+    def failed(self, error: Exception) -> None:
+        """Trials failed because of it."""
+        self._console.passed_over(error)
+
     def tell(self) -> None:
         """Says which cells were finished since it was asked last."""
         for cell, keys in self._cells.items():
@@ -151,8 +155,9 @@ def run_group(
         read = sum(text.tokens for text in texts.values())
         composing = sum(text.seconds for text in texts.values())
         spent = (read_seconds, composing, answer_tokens, answer_seconds)
-        journal.add([Reading(setting, read, *spent, reader.peak_bytes())])
+        journal.add([Reading(setting, read, *spent, reader.peak_bytes(), reader.device)])
     except Exception as error:
+        clock.failed(error)
         journal.add(failures(setting, pending, str(as_gemma_error(error))))
 
 

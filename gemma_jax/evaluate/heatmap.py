@@ -73,7 +73,9 @@ def draw(file: Path, title: str, chance: float, squares: Sequence[Square]) -> No
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="tokens read", ylabel="depth of the fact")
-    note = "; hatched: within local attention" if any(s.within_reach for s in squares) else ""
+    note = (
+        "; hatched: within reach of local attention" if any(s.within_reach for s in squares) else ""
+    )
     axes.set_title(f"accuracy in %, chance {100 * chance:.2g}%{note}", fontsize=8, color="0.35")
     figure.suptitle(title, fontsize=11)
     bar = figure.colorbar(image, ax=axes, ticks=[0, 0.25, 0.5, 0.75, 1], pad=0.02)

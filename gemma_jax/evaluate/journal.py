@@ -59,6 +59,7 @@ class Reading:
     answer_tokens: int
     answer_seconds: float
     peak_bytes: int | None  # of device memory, in the process until then
+    device: str | None = None
 
 
 class Journal:
@@ -92,14 +93,24 @@ class Journal:
         self._file: TextIO = open(self.path, "a", encoding="utf-8")
 
     def add(self, finished: Iterable[Trial | Reading]) -> None:
-        """Notes what was finished; it is on disk when this returns."""
+        """Notes what was finished; it is on disk when this returns.
+
+        Raises:
+            InputError: the disk does not take it.
+        """
         lines = []
         for item in finished:
             self._note(item)
             lines.append(_line(type(item).__name__.lower(), dataclasses.asdict(item)))
-        self._file.write("".join(lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write("".join(lines))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be written ({error.strerror}): make room, and the same command"
+                " goes on from here."
+            ) from error
 
     def close(self) -> None:
         self._file.close()

@@ -70,6 +70,7 @@ class Peer:
 
     Attributes:
         out_of_memory: whether something did not fit; from then on nothing is tried.
+        device: what it runs on, once it was started.
     """
 
     rows = 1
@@ -78,6 +79,7 @@ class Peer:
         self._directory, self._tokenizer, self._stops = directory, tokenizer, tuple(stops)
         self._process: subprocess.Popen[str] | None = None
         self.out_of_memory = False
+        self.device: str | None = None
         self._peak: int | None = None
 
     def __enter__(self) -> "Peer":
@@ -101,7 +103,7 @@ class Peer:
                 stderr=self._said,
                 text=True,
             )
-            self._receive()
+            self.device = self._receive()["device"]
         return time.perf_counter() - start
 
     def read(
@@ -177,7 +179,8 @@ def main() -> None:
     import torch
 
     session = Session(sys.argv[1])
-    tell({"device": session.device})
+    on_gpu = session.device == "cuda"
+    tell({"device": torch.cuda.get_device_name() if on_gpu else session.device})
     for line in sys.stdin:
         message = json.loads(line)
         try:

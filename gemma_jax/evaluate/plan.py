@@ -145,7 +145,7 @@ def alone(
 ) -> Iterator[Haystack]:
     """A haystack for each trial, depth by depth."""
     for depth, trial in itertools.product(options.depths, range(options.trials)):
-        name = f"{task.name}-{length}-{100 * depth:g}%-{trial}"
+        name = f"{task.name}-{length}-{100 * depth:.12g}%-{trial}"
         yield _haystack(options, task, length, name, (depth,), 1, encode_batch)
 
 

@@ -15,6 +15,8 @@ from gemma_jax.inference.console import size
 
 MODULE = "gemma_jax.evaluate"
 FULL_ATTENTION = "full attention"  # the rule of the peer's records
+# Options on which no figure depends, with how many values each takes.
+NOT_RECORDED = {"--output": 1, "--resume": 0, "--quiet": 0, "--debug": 0}
 SAME = ("model", "rule", "task", "tokens", "depth", "command")  # a later record replaces such
 
 
@@ -41,13 +43,14 @@ class Recall:
     seed: int
     forms: str | None
     trials_sha256: str | None
-    read_tokens_per_second: float
+    read_tokens_per_second: float | None
     peak_bytes: int | None
     state_bytes: int | None
     command: str
     device: str
     versions: dict[str, str]
     date: str
+    haystack: str | None = None  # grass, books, needles or words; None in older records
 
 
 def report(subject: Any, journal: Journal) -> None:
@@ -65,7 +68,7 @@ def report(subject: Any, journal: Journal) -> None:
     found, figures = results.cells(trials), results.figures(journal.readings)
     chances, labels = {task.name: task.chance for task in subject.tasks}, label_of(subject)
     digest = results.trials_sha256(trial for trial in trials if trial.setting == "ours")
-    state_bytes = bytes_of_state(subject)
+    state_bytes = bytes_of_states(subject)
     results.write_csv(directory / results.TRIALS, trials)
     results.write_json(
         directory / results.RESULTS,
@@ -77,12 +80,13 @@ def report(subject: Any, journal: Journal) -> None:
         figures=figures,
         state_bytes=state_bytes,
         trials_sha256=digest,
-        **records.stamp(MODULE),
+        **records.stamp(MODULE, NOT_RECORDED),
     )
     for picture in pictures(found, chances, labels):
         heatmap.draw(directory / picture.file, *picture.content)
     lines = results.table(found, chances, labels) + results.figure_lines(figures)
-    lines += [f"State: {size(state_bytes)} a row", f"trials_sha256: {digest}"]
+    lines += [f"{name}: State {size(some)} a row" for name, some in state_bytes.items()]
+    lines.append(f"trials_sha256: {digest}")
     print("\n".join(lines).strip(), flush=True)
     if subject.options.record:
         made = list(recalls(subject, found, figures, digest, state_bytes))
@@ -117,10 +121,12 @@ def label_of(subject: Any) -> dict[str, str]:
     return {setting: labels[setting] for setting in subject.names}
 
 
-def bytes_of_state(subject: Any) -> int:
+def bytes_of_states(subject: Any) -> dict[str, int]:
+    """Of one row, by setting; the peer has no State."""
     from gemma_jax.model.state import state_bytes
 
-    return state_bytes(subject.config)
+    configs = {"ours": subject.config, "off": subject.config.with_memory(rule="off")}
+    return {name: state_bytes(configs[name]) for name in subject.names if name in configs}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,11 +161,11 @@ def recalls(
     found: Sequence[Cell],
     figures: dict[str, dict[str, Any]],
     digest: str | None,
-    state_bytes: int,
+    state_bytes: dict[str, int],
 ) -> Iterator[Recall]:
     """Records of the cells that have an accuracy."""
-    stamp = records.stamp(MODULE)
-    chances = {task.name: task.chance for task in subject.tasks}
+    stamp = records.stamp(MODULE, NOT_RECORDED)
+    tasks = {task.name: task for task in subject.tasks}
     rules = {"ours": subject.config.memory.rule, "off": "off", "hf": FULL_ATTENTION}
     off = {
         (cell.task, cell.tokens, cell.depth): cell.estimate.accuracy
@@ -176,6 +182,8 @@ def recalls(
             from gemma_jax.evaluate.peer import versions
 
             peers = {"versions": stamp["versions"] | versions()}
+        figure = figures.get(cell.setting, {}).get  # of none if every reading was cut short
+        device = figure("device")  # which may not be that of this process
         place = (cell.task, cell.tokens, cell.depth)
         yield Recall(
             **values,
@@ -185,13 +193,14 @@ def recalls(
             },
             model=model_name(subject),
             rule=rules[cell.setting],
-            chance=chances[cell.task],
+            chance=tasks[cell.task].chance,
+            haystack=tasks[cell.task].haystack,
             baseline=off.get(place) if cell.setting == "ours" else None,
             seed=subject.options.seed,
             forms=subject.options.forms,
             trials_sha256=digest,
-            read_tokens_per_second=figures[cell.setting]["read_tokens_per_second"],
-            peak_bytes=figures[cell.setting]["peak_bytes"],
-            state_bytes=None if cell.setting == "hf" else state_bytes,
-            **stamp | peers,
+            read_tokens_per_second=figure("read_tokens_per_second"),
+            peak_bytes=figure("peak_bytes"),
+            state_bytes=state_bytes.get(cell.setting),
+            **stamp | peers | ({"device": device} if device else {}),
         )

@@ -115,6 +115,7 @@ def figures(readings: Sequence[Reading]) -> dict[str, dict[str, Any]]:
             "answer_seconds": sums["answer_seconds"],
             "answer_tokens_per_second": _rate(sums["answer_tokens"], sums["answer_seconds"]),
             "peak_bytes": max(peaks, default=None),
+            "device": ", ".join(dict.fromkeys(r.device for r in some if r.device)) or None,
         }
     return found
 
@@ -135,12 +136,12 @@ def table(found: Sequence[Cell], chances: dict[str, float], labels: dict[str, st
         lines += [
             "",
             f"{task}, {labels[setting]} (chance {chances[task]:.3g})",
-            _row("tokens", [f"depth {100 * depth:g}%" for depth in depths] + ["pooled"]),
         ]
+        rows = [["tokens", *(f"depth {100 * depth:g}%" for depth in depths), "pooled"]]
         for tokens in sorted({cell.tokens for cell in some}):
             row = {cell.depth: cell for cell in some if cell.tokens == tokens}
-            texts = [cell_text(row.get(depth)) for depth in [*depths, None]]
-            lines.append(_row(f"{tokens:,}", texts))
+            rows.append([f"{tokens:,}", *(cell_text(row.get(depth)) for depth in [*depths, None])])
+        lines += _aligned(rows)
     if any(cell.within_reach and cell.depth is not None for cell in found):
         lines += ["", "~ within the reach of local attention; not pooled"]
     return lines
@@ -175,8 +176,14 @@ def figure_lines(found: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _row(first: str, rest: Sequence[str]) -> str:
-    return f"{first:>10}  " + "  ".join(f"{text:<22}" for text in rest).rstrip()
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as lines whose columns begin below each other; the first column is numbers."""
+    _, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        f"{first:>10}  "
+        + "  ".join(f"{text:<{width}}" for text, width in zip(rest, widths, strict=True)).rstrip()
+        for first, *rest in rows
+    ]
 
 
 # --- files ----------------------------------------------------------------------------------------

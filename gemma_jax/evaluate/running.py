@@ -118,6 +118,11 @@ class Reader:
             for ids, fine in zip(written, finite, strict=False)
         ]
 
+    @property
+    def device(self) -> str:
+        """What it runs on."""
+        return jax.local_devices()[0].device_kind
+
     def peak_bytes(self) -> int | None:
         """Most device memory in use so far."""
         return peak_memory_bytes()

@@ -59,10 +59,12 @@ def count(text: str) -> int:
 
 
 class Console:
-    """Lines, warnings and a progress bar on standard error; with `quiet` only warnings."""
+    """Lines, warnings and a progress bar on standard error; with `quiet` only warnings, with `debug`
+    also tracebacks of errors that end nothing.
+    """
 
-    def __init__(self, *, quiet: bool = False):
-        self._quiet = quiet
+    def __init__(self, *, quiet: bool = False, debug: bool = False):
+        self._quiet, self._debug = quiet, debug
         self._bar: Any = None
         self._warned: set[str] = set()
         self._next_line = time.monotonic() + PLAIN_INTERVAL_SECONDS
@@ -77,6 +79,11 @@ class Console:
         if text and text not in self._warned:
             self._warned.add(text)
             self._print(f"warning: {text}")
+
+    def passed_over(self, error: BaseException) -> None:
+        """Shows, with `debug`, where an error came from that the command goes on after."""
+        if self._debug:
+            self._print("".join(traceback.format_exception(error)).rstrip())
 
     def progress(self, progress: Progress) -> None:
         """Shows how far the reading is."""

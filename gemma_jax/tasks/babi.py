@@ -257,7 +257,7 @@ KINDS = {
     "qa2": Kind(two_facts, 2, 68, 1 / 6),
     "qa3": Kind(three_facts, 4, 320, 1 / 5),
     "qa4": Kind(two_arguments, 2, 2, 1 / 5),
-    "qa5": Kind(three_arguments, 2, 126, 0.31),
+    "qa5": Kind(three_arguments, 2, 126, 0.304),
 }
 
 

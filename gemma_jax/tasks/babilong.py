@@ -73,7 +73,7 @@ class Babilong(Task):
     """One of the five tasks."""
 
     def __init__(self, name: str, forms: str, keys: str, haystack: str):
-        self.name, self._forms, self._haystack = name, BABILONG[forms], haystack
+        self.name, self._forms, self.haystack = name, BABILONG[forms], haystack
         self._kind = babi.KINDS[name.removeprefix("babilong_")]
         self.chance = self._kind.chance
         self._asks_for_rooms = self._kind.make is babi.two_arguments
@@ -118,7 +118,7 @@ class Babilong(Task):
         return draft.episode()
 
     def filler(self, episode: Episode, books: Iterable[str]) -> Iterator[Piece]:
-        return haystacks.stream(self._haystack, books, f"{self.name}:{episode.seed}:books")
+        return haystacks.stream(self.haystack, books, f"{self.name}:{episode.seed}:books")
 
     def score(self, question: Question, answer: str) -> float:
         """The first word that could be meant: one like the right one that the question does not name."""

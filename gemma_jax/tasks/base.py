@@ -71,9 +71,11 @@ class Task:
         name: as the command line knows it.
         chance: accuracy of a reader that saw the question and knows the rules, but not the facts.
         most_questions: how many one text may have; None: as many as there are different keys.
+        haystack: what facts are hidden in: `grass`, `books`, `needles` or `words`.
     """
 
     name: str
+    haystack: str
     chance: float = 0.0
     most_questions: int | None = None
 

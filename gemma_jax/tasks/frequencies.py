@@ -48,6 +48,7 @@ class Frequencies(Task):
     """One of the two tasks; a text has one question, as there is one answer to it."""
 
     most_questions = 1
+    haystack = "words"
 
     def __init__(self, name: str, forms: str):
         self.name, self._kind, self._forms = name, KINDS[name], FREQUENCIES[forms]

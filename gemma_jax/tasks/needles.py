@@ -60,7 +60,7 @@ class Needles(Task):
 
     def __init__(self, name: str, forms: str, keys: str, haystack: str | None):
         self.name, self._kind = name, KINDS[name]
-        self._keys, self._haystack = keys, haystack or self._kind.haystack
+        self._keys, self.haystack = keys, haystack or self._kind.haystack
         several = self._kind.values_per_key > 1
         several_asked = several or self._kind.keys_per_question > 1
         wording = NEEDLES[forms]
@@ -72,7 +72,7 @@ class Needles(Task):
         kind, rng = self._kind, random.Random(f"{self.name}:{seed}")
         places = spread(depths, questions_per_depth, rng)
         count = len(places) * kind.keys_per_question + kind.extra_needles
-        spare = 1 if self._haystack == "needles" else 0  # of which there must be some
+        spare = 1 if self.haystack == "needles" else 0  # of which there must be some
         keys = iter(words.take(self._key_stream(seed), count + spare, "keys")[:count])
         values = self._values(rng)
         draft = Draft(self.name, seed, OPENING.format(kind=kind.values))
@@ -95,9 +95,9 @@ class Needles(Task):
         return draft.episode()
 
     def filler(self, episode: Episode, books: Iterable[str]) -> Iterator[Piece]:
-        if self._haystack == "needles":
+        if self.haystack == "needles":
             return self._distractors(episode)
-        return haystacks.stream(self._haystack, books, f"{self.name}:{episode.seed}:books")
+        return haystacks.stream(self.haystack, books, f"{self.name}:{episode.seed}:books")
 
     def score(self, question: Question, answer: str) -> float:
         pattern = scoring.NUMBER if self._kind.values == "number" else scoring.UUID

@@ -25,7 +25,7 @@ class Passkey(Task):
     chance = 1 / 90_000
 
     def __init__(self, forms: str, keys: str, haystack: str):
-        self._forms, self._keys, self._haystack = PASSKEY[forms], keys, haystack
+        self._forms, self._keys, self.haystack = PASSKEY[forms], keys, haystack
 
     def episode(self, seed: int, depths: Sequence[float], questions_per_depth: int = 1) -> Episode:
         rng = random.Random(f"{self.name}:{seed}")
@@ -45,7 +45,7 @@ class Passkey(Task):
         return draft.episode()
 
     def filler(self, episode: Episode, books: Iterable[str]) -> Iterator[Piece]:
-        return haystacks.stream(self._haystack, books, f"{self.name}:{episode.seed}:books")
+        return haystacks.stream(self.haystack, books, f"{self.name}:{episode.seed}:books")
 
     def score(self, question: Question, answer: str) -> float:
         return scoring.share_found(answer, question.answers, scoring.NUMBER)

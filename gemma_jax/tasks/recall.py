@@ -24,7 +24,7 @@ class AssociativeRecall(Task):
     chance = 1 / len(VALUES)
 
     def __init__(self, forms: str, haystack: str):
-        self._forms, self._haystack = RECALL[forms], haystack
+        self._forms, self.haystack = RECALL[forms], haystack
 
     def episode(self, seed: int, depths: Sequence[float], questions_per_depth: int = 1) -> Episode:
         rng = random.Random(f"{self.name}:{seed}")
@@ -39,9 +39,9 @@ class AssociativeRecall(Task):
         return draft.episode()
 
     def filler(self, episode: Episode, books: Iterable[str]) -> Iterator[Piece]:
-        if self._haystack == "needles":
+        if self.haystack == "needles":
             return self._distractors(episode)
-        return haystacks.stream(self._haystack, books, f"{self.name}:{episode.seed}:books")
+        return haystacks.stream(self.haystack, books, f"{self.name}:{episode.seed}:books")
 
     def score(self, question: Question, answer: str) -> float:
         return scoring.share_found(answer, question.answers, scoring.one_of(VALUES))

@@ -37,6 +37,9 @@ def normal(text: str) -> str:
 
 
 def one_of(words: Iterable[str]) -> str:
-    """A pattern of the possible answers, whole words only; the longest goes first."""
+    """A pattern of the possible answers, whole words only; the longest goes first.
+
+    The second part of a word with a hyphen is none: `wine-cellar` is no `cellar`.
+    """
     alternatives = "|".join(re.escape(word) for word in sorted(words, key=lambda w: (-len(w), w)))
-    return rf"\b(?:{alternatives})\b"
+    return rf"(?<!\w)(?<!\w-)(?:{alternatives})\b"

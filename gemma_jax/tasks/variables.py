@@ -33,7 +33,7 @@ class VariableTracking(Task):
     name = "variable_tracking"
 
     def __init__(self, forms: str, keys: str, haystack: str):
-        self._forms, self._letters, self._haystack = VARIABLES[forms], _LETTERS[keys], haystack
+        self._forms, self._letters, self.haystack = VARIABLES[forms], _LETTERS[keys], haystack
 
     def episode(self, seed: int, depths: Sequence[float], questions_per_depth: int = 1) -> Episode:
         rng = random.Random(f"{self.name}:{seed}")
@@ -56,7 +56,7 @@ class VariableTracking(Task):
         return draft.episode()
 
     def filler(self, episode: Episode, books: Iterable[str]) -> Iterator[Piece]:
-        return haystacks.stream(self._haystack, books, f"{self.name}:{episode.seed}:books")
+        return haystacks.stream(self.haystack, books, f"{self.name}:{episode.seed}:books")
 
     def score(self, question: Question, answer: str) -> float:
         pattern = rf"\b[A-Z]{{{LETTERS}}}\b"

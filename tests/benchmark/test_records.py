@@ -1,6 +1,7 @@
 """Names of figures are those of the published tables, and no two measurements share one."""
 
 import dataclasses
+import sys
 
 import pytest
 
@@ -80,6 +81,15 @@ def test_records_survive_the_file_and_replace_their_like(tmp_path):
     elsewhere = dataclasses.replace(first, command="another")
     records.append(file, [elsewhere])
     assert records.read(file) == [other, second, elsewhere]
+
+
+def test_options_that_no_figure_depends_on_are_left_out_of_the_command(monkeypatch):
+    typed = "command --quiet --output=a/b x --output c --outputs --lengths 4K --output"
+    monkeypatch.setattr(sys, "argv", typed.split())
+    assert records.command("m", {"--output": 1, "--quiet": 0}) == (
+        "python -m m x --outputs --lengths 4K"
+    )
+    assert records.command("m") == f"python -m m {typed.removeprefix('command ')}"
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '[{"name": 1}]', "{}x"])

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ import pytest
 
 from gemma_jax import PRESETS
 from gemma_jax.benchmark import records
+from gemma_jax.checkpoint.store import read_config
 from gemma_jax.errors import OutOfMemoryError
 from gemma_jax.evaluate import command, peer
 from gemma_jax.evaluate import plan as planning
 from gemma_jax.evaluate.journal import JOURNAL
 from gemma_jax.evaluate.report import Recall
 from gemma_jax.evaluate.running import Reader
+from gemma_jax.model.state import state_bytes
 
 GRID = ["--task", "passkey", "--lengths", "500,700", "--depths", "0,100", "--trials", "3"]
 SMALL = ["--segment-length", "64", "--batch-size", "3"]
@@ -93,6 +96,7 @@ def test_every_trial_is_in_the_table_the_files_and_the_records(whole, sources, e
     recalls = records.read(whole / "recall.json", Recall)
     assert {(r.tokens, r.depth) for r in recalls} == set(cells)
     assert {(r.model, r.rule, r.seed) for r in recalls} == {("random_tiny_gemma", "off", 0)}
+    assert {r.haystack for r in recalls} == {"grass"}
     assert {r.trials_sha256 for r in recalls} == {content["trials_sha256"]}  # the same twice
 
 
@@ -162,6 +166,28 @@ def assert_same_files(whole, other):
         assert first[name] == second[name]
 
 
+def test_records_name_the_device_that_read_though_another_process_writes_them(
+    whole, sources, evaluate, tmp_path
+):
+    journal = (whole / JOURNAL).read_text()
+    assert '"device": "cpu"' in journal
+    (tmp_path / JOURNAL).write_text(journal.replace('"device": "cpu"', '"device": "a GPU"'))
+    arguments = ["--model", sources[1], *GRID, *SMALL, "--output", tmp_path]
+    assert evaluate(*arguments, "--record", tmp_path / "recall.json").code == 0
+    assert {r.device for r in records.read(tmp_path / "recall.json", Recall)} == {"a GPU"}
+    assert results(tmp_path)["figures"]["ours"]["device"] == "a GPU"
+
+
+def test_trials_whose_reading_was_cut_short_are_recorded(whole, sources, evaluate, tmp_path):
+    lines = (whole / JOURNAL).read_text().splitlines(keepends=True)
+    (tmp_path / JOURNAL).write_text("".join(line for line in lines if '"reading"' not in line))
+    arguments = ["--model", sources[1], *GRID, *SMALL, "--output", tmp_path]
+    assert evaluate(*arguments, "--record", tmp_path / "recall.json").code == 0
+    found = records.read(tmp_path / "recall.json", Recall)
+    assert sum(r.trials for r in found if r.depth is not None) == 12
+    assert {(r.read_tokens_per_second, r.peak_bytes) for r in found} == {(None, None)}
+
+
 def test_an_interruption_ends_with_130_and_keeps_what_was_finished(
     whole, sources, evaluate, tmp_path, monkeypatch
 ):
@@ -196,7 +222,8 @@ def test_what_fails_is_reported_never_counted_and_tried_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(Reader, "read", failing)
-        result = evaluate(*arguments)
+        result = evaluate(*arguments, "--debug")
+    assert "in failing\n" in result.err  # the traceback
     assert result.code == 1 and "error: 3 of 12 trials failed (no room)" in result.err
     assert "3 failed" in result.out
     failed = [row for row in rows(tmp_path) if row["failed"]]
@@ -222,6 +249,15 @@ def test_the_baseline_is_the_model_with_memory_off_on_the_same_trials(
     found = records.read(tmp_path / "recall.json", Recall)
     assert {r.rule for r in found} == {"linear", "off"}
     assert all((r.baseline is None) == (r.rule == "off") for r in found)
+    states = {r.rule: r.state_bytes for r in found}
+    config = read_config(sources[1]).with_memory(segment_length=64)
+    assert states["off"] == state_bytes(config) < states["linear"]
+    assert results(tmp_path)["state_bytes"] == {"ours": states["linear"], "off": states["off"]}
+    (recorded,) = {r.command for r in found}
+    assert recorded == shlex.join(
+        ["python", "-m", "gemma_jax.evaluate", "--model", str(sources[1]), *GRID, *SMALL]
+        + [str(argument) for argument in arguments]
+    )  # where the files go does not matter
 
 
 def test_a_preset_has_random_weights_and_is_labelled_so(evaluate, tmp_path, monkeypatch):
@@ -273,7 +309,7 @@ def test_what_does_not_fit_the_peer_is_not_run_and_nothing_longer_is_tried(sourc
     subject = command.check(command.parse(arguments))
 
     class Small:
-        rows, out_of_memory, tried = 1, False, []
+        rows, device, out_of_memory, tried = 1, "a device", False, []
 
         def warm_up(self, shared):
             return 0.0
@@ -320,6 +356,7 @@ def test_what_does_not_fit_the_peer_is_not_run_and_nothing_longer_is_tried(sourc
         (["--peer", "hf"], 2, "--peer-model"),
         (["--haystack", "EMPTY"], 3, "empty.txt has no text"),
         (["--haystack", "no/such/file"], 3, "no/such/file"),
+        (["--haystack", "BOOK"], 2, "passkey is hidden in grass: add --filler books"),
         (["--tokenizer", "DIR"], 2, "--preset"),
         (["--record", "no/such/directory/recall.json"], 3, "is not a directory"),
         (["--record", "EMPTY"], 3, "holds no records of this kind"),
@@ -330,8 +367,10 @@ def test_bad_input_is_one_sentence_before_anything_is_read(
     sources, evaluate, tmp_path, monkeypatch, arguments, code, said
 ):
     (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "book.txt").write_text("It was a dark and stormy night.")
     monkeypatch.setattr(command, "load_model", None)  # nothing is loaded
-    words = [str(tmp_path / "empty.txt") if word == "EMPTY" else word for word in arguments]
+    files = {"EMPTY": tmp_path / "empty.txt", "BOOK": tmp_path / "book.txt"}
+    words = [str(files.get(word, word)) for word in arguments]
     result = evaluate(
         "--model", sources[1], "--task", "passkey", "--output", tmp_path / "out", *words
     )

@@ -1,6 +1,8 @@
 """The journal gives back what was finished, whatever happened to the process that wrote it."""
 
 import dataclasses
+import errno
+import os
 
 import pytest
 
@@ -59,6 +61,18 @@ def test_settings_may_come_later_and_are_then_kept(tmp_path):
     Journal(tmp_path, SETTINGS)
     with pytest.raises(UsageError, match="peer was a, now b"):
         Journal(tmp_path, SETTINGS | {"peer": "b"})
+
+
+def test_a_full_disk_ends_the_run_and_names_the_journal(tmp_path, monkeypatch):
+    journal = Journal(tmp_path, SETTINGS)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(InputError, match=r"trials.jsonl cannot be written \(No space left"):
+            journal.add([TRIAL])
 
 
 def test_resuming_nothing_is_refused(tmp_path):

@@ -72,6 +72,11 @@ def test_the_distance_is_counted_from_the_end_of_the_needed_fact(plan, tokenizer
         assert before.endswith(fact) and fact not in behind
 
 
+def test_depths_that_differ_by_little_have_haystacks_of_their_own(plan):
+    names = [haystack.name for haystack in plan(depths=(0.33333333, 0.33333334)).haystacks]
+    assert len(set(names)) == len(names) == 2 * 2 * 3
+
+
 def test_answers_may_be_as_long_as_the_reference_and_a_little_more(plan, tokenizer):
     for haystack in plan().haystacks:
         for asked in haystack.asked:

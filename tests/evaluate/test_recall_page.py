@@ -37,6 +37,7 @@ RECORD = Recall(
     device="NVIDIA H200",
     versions={"jax": "0.11.2"},
     date="2026-11-25",
+    haystack="books",
 )
 
 
@@ -52,6 +53,8 @@ def test_page_of_made_up_records(tmp_path):
         changed(tokens=10_000_000, within_reach=False, accuracy=0.25),
         changed(rule=FULL_ATTENTION, baseline=None),
         changed(forms="held_out"),
+        changed(haystack="grass", tokens=4096, accuracy=0.75),
+        changed(haystack=None, tokens=2048),  # of a time when it was not noted
     ]
     records.append(file, content, SAME)
     recall.main([str(file)])
@@ -59,11 +62,14 @@ def test_page_of_made_up_records(tmp_path):
     assert "| 8,192 | 50% | ~0.851 | 0.640 to 0.948 | 20 (2) | 1e-05 | 0.05 | 12.5% |" in text
     assert "| 8,192 | pooled | 0.500 | 0.640 to 0.948 | 20 (2), 2 failed |" in text
     assert "| 10,000,000 | 50% | 0.250 |" in text
-    assert "## passkey: gemma3_270m, full attention" in text and RECORD.command in text
-    assert "## passkey: gemma3_270m, memory gated_delta, held_out wording" in text
+    assert "## passkey in books: gemma3_270m, full attention" in text and RECORD.command in text
+    assert "## passkey in books: gemma3_270m, memory gated_delta, held_out wording" in text
+    (grass,) = [s for s in text.split("\n## ") if s.startswith("passkey in grass")]
+    assert "| 4,096 | 50% | ~0.750 |" in grass and "8,192" not in grass
+    assert "## passkey: gemma3_270m, memory gated_delta\n" in text
     assert "1,234 tokens/s, peak 2.50 GB" in text
     pictures = sorted(path.name for path in (tmp_path / "recall").iterdir())
-    assert len(pictures) == 3 and all(f"(recall/{name})" in text for name in pictures)
+    assert len(pictures) == 5 and all(f"(recall/{name})" in text for name in pictures)
 
 
 def test_a_cell_is_shown_as_it_was_found_last(tmp_path):

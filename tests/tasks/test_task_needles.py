@@ -137,7 +137,7 @@ def test_what_cannot_be_made_is_refused_by_name():
         tasks.make("passkey", forms="new")
     with pytest.raises(UsageError, match="train, held_out, all"):
         tasks.make("passkey", keys="new")
-    with pytest.raises(UsageError, match="11811|different names"):
+    with pytest.raises(UsageError, match="different names"):
         tasks.make("passkey").episode(0, [0.5], 20_000)
     with pytest.raises(UsageError, match="between 0 and 1"):
         tasks.make("passkey").episode(0, [50])

@@ -69,6 +69,7 @@ def test_words_are_whole_and_of_any_case():
     assert share_found(" The Bathroom.", ["bathroom"], rooms) == 1.0
     assert share_found(" bathrooms, then the bathroom", ["bathroom"], rooms) == 1.0
     assert share_found(" garden? bathroom", ["bathroom"], rooms) == 0.0
+    assert share_found(" winter-garden, bathroom", ["bathroom"], rooms) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,13 @@ def test_words_are_whole_and_of_any_case():
             "cellar",
             "North of the attic is the cellar",
             "bedroom or cellar",
+        ),
+        (
+            "babilong_qa4",
+            "What is the wine-cellar north of?",
+            "attic",
+            "The wine-cellar is north of the attic",
+            "cellar, attic",
         ),
         (
             "babilong_qa5",

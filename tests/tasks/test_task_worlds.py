@@ -124,6 +124,14 @@ def test_who_sees_only_the_end_scores_no_more_than_chance(name):
     assert abs(sum(scores) / len(scores) - task.chance) < 0.08
 
 
+@pytest.mark.parametrize("name", QA)
+def test_chance_is_that_of_a_guess_among_what_the_question_leaves_possible(name):
+    task = tasks.make(name)
+    asked = [task.episode(seed, [0.5]).questions[0].text for seed in range(400)]
+    chances = [1 / len(possible_answers(name, question)) for question in asked]
+    assert abs(sum(chances) / len(chances) - task.chance) < 0.005
+
+
 def possible_answers(name: str, question: str) -> set[str]:
     """What can be answered by who knows bAbI's names and the question."""
     if name != "babilong_qa5":
