@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from gemma_jax.model import kernels
 
 BLOCK = 64  # tokens of one block of the chunked rule
+SMALL_BLOCK = 16  # rows that are substituted one after the other
 EPS = 1e-6
 
 # The GPU's default for float32 products is TF32, which has ten bits of fraction.
@@ -53,9 +54,7 @@ def _delta_map(key: Array, value: Array, gate: Array) -> tuple[Array, Array]:
     key, value, gate = blocks(key), blocks(value), blocks(gate)[..., None]
     overlap = jnp.tril(gate * einsum("nBKsF,nBKtF->nBKst", key, key), -1)
     right = jnp.concatenate([gate * value, gate * key], axis=-1)
-    solved = jax.lax.linalg.triangular_solve(
-        overlap + jnp.eye(BLOCK), right, left_side=True, lower=True, unit_diagonal=True
-    )
+    solved = solve(overlap, right)
     new_value, new_key = jnp.split(solved, [value.shape[-1]], axis=-1)
     keep = jnp.eye(key.shape[-1]) - einsum("nBKsF,nBKsG->nBKFG", key, new_key)
     add = einsum("nBKsF,nBKsC->nBKFC", key, new_value)
@@ -63,6 +62,59 @@ def _delta_map(key: Array, value: Array, gate: Array) -> tuple[Array, Array]:
         add = einsum("nBKFG,nBKGC->nBKFC", keep[1::2], add[0::2]) + add[1::2]
         keep = einsum("nBKFG,nBKGH->nBKFH", keep[1::2], keep[0::2])
     return keep[0], add[0]
+
+
+def solve(lower: Float[Array, "*b N N"], right: Float[Array, "*b N J"]) -> Float[Array, "*b N J"]:
+    """X of (I + lower) X = right, with `lower` strictly lower triangular.
+
+    On CPUs without LAPACK: its solver shares out a batch to the threads that run the program and waits
+    for them, for ever when all of them are at solvers of their own.
+    """
+    if jax.default_backend() == "cpu":
+        return _solve_by_inverse(lower, right)
+    return jax.lax.linalg.triangular_solve(
+        lower + jnp.eye(lower.shape[-1]), right, left_side=True, lower=True, unit_diagonal=True
+    )
+
+
+@jax.custom_vjp
+def _solve_by_inverse(lower: Array, right: Array) -> Array:
+    return einsum("...NM,...MJ->...NJ", _inverse(lower), right)
+
+
+def _solve_forward(lower: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
+    inverse = _inverse(lower)
+    solved = einsum("...NM,...MJ->...NJ", inverse, right)
+    return solved, (inverse, solved)
+
+
+def _solve_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+    inverse, solved = kept
+    of_right = einsum("...NM,...NJ->...MJ", inverse, slope)
+    return -jnp.tril(einsum("...NJ,...MJ->...NM", of_right, solved), -1), of_right
+
+
+_solve_by_inverse.defvjp(_solve_forward, _solve_backward)
+
+
+def _inverse(lower: Float[Array, "*b N N"]) -> Float[Array, "*b N N"]:
+    """(I + lower)^-1: of blocks on the diagonal by substitution, then of pairs of them."""
+    size = lower.shape[-1]
+    if size > SMALL_BLOCK:
+        half = size // 2
+        first, last = (_inverse(lower[..., at, at]) for at in (slice(half), slice(half, size)))
+        between = einsum("...NM,...MJ->...NJ", last, lower[..., half:, :half])
+        between = -einsum("...NM,...MJ->...NJ", between, first)
+        above = jnp.zeros((*lower.shape[:-2], half, size - half))
+        return jnp.block([[first, above], [between, last]])
+
+    def substitute(row: Array, found: Array) -> Array:
+        factors = jax.lax.dynamic_index_in_dim(lower, row, axis=-2, keepdims=False)
+        change = einsum("...M,...MJ->...J", factors, found)
+        return found.at[..., row, :].add(-change)
+
+    start = jnp.broadcast_to(jnp.eye(size), lower.shape)
+    return jax.lax.fori_loop(1, size, substitute, start)
 
 
 def _delta_map_by_kernel(key: Array, value: Array, gate: Array) -> tuple[Array, Array]:

@@ -18,7 +18,7 @@ from reference import (
 
 import gemma_jax
 from gemma_jax.errors import UsageError
-from gemma_jax.model.delta import delta_map
+from gemma_jax.model.delta import delta_map, solve
 from gemma_jax.model.memory import MemoryRule, make_rule, write_segments
 
 LONG = 200  # more than three blocks of the chunked delta rule
@@ -65,6 +65,32 @@ def test_the_chunked_delta_rule_equals_the_loop(kind):
     found = np.asarray(keep[0] @ start.astype(np.float32) + add[0])
     np.testing.assert_allclose(found, loop.arrays["M"], rtol=0, atol=2e-5 * np.abs(found).max())
     assert (kind == "gate 0") == np.array_equal(found, start.astype(np.float32))
+
+
+def test_a_solve_and_its_gradient_are_those_of_a_triangular_system():
+    rng = np.random.default_rng(0)
+    lower = np.tril(rng.uniform(size=(3, 64, 64)), -1)
+    lower[0] = np.tril(np.ones((64, 64)), -1)  # equal keys, gates of 1
+    right, weights = rng.normal(size=(2, 3, 64, 5))
+    wanted = np.linalg.solve(np.eye(64) + lower, right)
+    found = solve(jnp.float32(lower), jnp.float32(right))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+    def loss(lower, right):
+        return jnp.sum(weights * solve(lower, right))
+
+    of_lower, of_right = jax.grad(loss, (0, 1))(jnp.float32(lower), jnp.float32(right))
+    wanted_right = np.linalg.solve(np.eye(64) + lower.transpose(0, 2, 1), weights)
+    np.testing.assert_allclose(of_right, wanted_right, rtol=1e-4, atol=1e-4)
+    wanted_lower = -np.tril(wanted_right @ wanted.transpose(0, 2, 1), -1)
+    np.testing.assert_allclose(of_lower, wanted_lower, rtol=1e-3, atol=1e-3)
+
+
+def test_no_solver_waits_for_threads_that_solve_themselves():
+    """LAPACK's does on CPUs: with two of them at work on two cores, training stood still."""
+    key, gate = jnp.ones((2, 200, 2, 8)), jnp.ones((2, 200, 2))
+    program = jax.jit(jax.grad(lambda key: delta_map(key, key, gate)[1].sum())).lower(key)
+    assert "lapack" not in program.as_text()
 
 
 @pytest.mark.parametrize("rule", RULES[1:])
