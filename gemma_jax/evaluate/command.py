@@ -91,6 +91,7 @@ class Subject:
 def check(options: argparse.Namespace) -> Subject:
     """Plans everything, and raises what is wrong with it before anything long starts."""
     from gemma_jax import tasks
+    from gemma_jax.checkpoint import store
     from gemma_jax.model.memory import make_rule
     from gemma_jax.tasks import haystacks
     from gemma_jax.text import encode_batch
@@ -121,7 +122,7 @@ def check(options: argparse.Namespace) -> Subject:
         rows=options.batch_size,
     )
     grid = planning.plan(wanted, functools.partial(encode_batch, tokenizer), config.bos_id)
-    model = Path(options.model) / "manifest.json" if options.model else None
+    model = Path(options.model) / store.MANIFEST if options.model else None
     settings = {
         name: getattr(wanted, name)
         for name in ("lengths", "depths", "trials", "questions", "haystacks", "shared", "seed")
@@ -136,6 +137,8 @@ def check(options: argparse.Namespace) -> Subject:
         "filler": options.filler,
         "tokenizer": options.tokenizer,
     }
+    if options.adapter:
+        settings["adapter"] = hash_of(str(Path(options.adapter) / store.MANIFEST))
     if options.peer:
         settings["peer_model"] = options.peer_model
     return Subject(options, config, tokenizer, grid, settings, made)
@@ -162,7 +165,13 @@ def read_config(options: argparse.Namespace) -> GemmaConfig:
         )
     if options.tokenizer and not options.preset:
         raise UsageError("--tokenizer belongs to --preset: a checkpoint has its own.")
-    config = store.read_config(options.model) if options.model else PRESETS[options.preset]
+    if options.adapter and not options.model:
+        raise UsageError("--adapter belongs to a checkpoint: name it with --model DIR.")
+    config = (
+        store.read_config(options.model, memory=options.memory, adapter=options.adapter)
+        if options.model
+        else PRESETS[options.preset]
+    )
     changes = {
         "rule": options.memory,
         "segment_length": options.segment_length,
@@ -194,7 +203,9 @@ def load_model(subject: Subject) -> Any:
         from gemma_jax.benchmark.running import random_params
 
         return store.Model(config, random_params(config), subject.tokenizer, Path())
-    model = store.load(options.model, memory=options.memory, dtype=options.dtype)
+    model = store.load(
+        options.model, memory=options.memory, dtype=options.dtype, adapter=options.adapter
+    )
     return dataclasses.replace(model, config=config)
 
 

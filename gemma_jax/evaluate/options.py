@@ -84,6 +84,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--forms", choices=FORMS, default="classic", help="(default: classic)")
     what.add_argument("--keys", choices=KEYS, default="held_out", help="(default: held_out)")
     how = parser.add_argument_group("how")
+    how.add_argument("--adapter", metavar="DIR", help="what was trained for --model, alone")
     how.add_argument("--memory", metavar="RULE", help="a rule other than the recorded one")
     how.add_argument("--segment-length", metavar="S", type=whole(1))
     how.add_argument("--local-attention", choices=LOCAL_ATTENTION_FORMS)

@@ -106,8 +106,10 @@ def complain(trials: Sequence[Trial]) -> None:
 
 def model_name(subject: Any) -> str:
     """As it stands in records."""
+    if subject.options.preset:
+        return f"{subject.config.name} (random weights)"
     name = records.model_name(subject.config)
-    return f"{subject.config.name} (random weights)" if subject.options.preset else name
+    return f"{name} with adapter" if subject.options.adapter else name
 
 
 def label_of(subject: Any) -> dict[str, str]:

@@ -33,8 +33,7 @@ from gemma_jax.train.step import (
     make_train_step,
 )
 
-# Steps given to the device before the host looks at the oldest. On a CPU there is nothing to overlap, and
-# its runtime has been seen to wait for ever with several programs in flight.
+# Steps given to the device before the host looks at the oldest; on a CPU there is nothing to overlap.
 IN_FLIGHT = {"cpu": 0}
 DEFAULT_IN_FLIGHT = 2
 

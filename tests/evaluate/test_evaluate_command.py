@@ -16,6 +16,7 @@ import pytest
 
 from gemma_jax import PRESETS
 from gemma_jax.benchmark import records
+from gemma_jax.checkpoint import store
 from gemma_jax.checkpoint.store import read_config
 from gemma_jax.errors import OutOfMemoryError
 from gemma_jax.evaluate import command, peer
@@ -23,7 +24,9 @@ from gemma_jax.evaluate import plan as planning
 from gemma_jax.evaluate.journal import JOURNAL
 from gemma_jax.evaluate.report import Recall
 from gemma_jax.evaluate.running import Reader
+from gemma_jax.model.adapting import split
 from gemma_jax.model.state import state_bytes
+from gemma_jax.train.result import write_adapter
 
 GRID = ["--task", "passkey", "--lengths", "500,700", "--depths", "0,100", "--trials", "3"]
 SMALL = ["--segment-length", "64", "--batch-size", "3"]
@@ -260,6 +263,27 @@ def test_the_baseline_is_the_model_with_memory_off_on_the_same_trials(
     )  # where the files go does not matter
 
 
+def test_an_adapter_is_asked_beside_its_model_with_memory_off(whole, sources, evaluate, tmp_path):
+    model = store.load(sources[1], memory="linear", segment_length=64)
+    trained, frozen = split(model.params, "memory")
+    for layer in trained.values():  # a gate that reads memory alone
+        layer["attention"]["memory"]["gate"] += 50.0
+    write_adapter(tmp_path / "one", model.config, trained, frozen, "memory", {}, "float32")
+    arguments = ["--adapter", tmp_path / "one", "--baseline", "--record", tmp_path / "recall.json"]
+    result = evaluate(
+        "--model", sources[1], *GRID, "--batch-size", 3, *arguments, "--output", tmp_path / "out"
+    )
+    assert result.code == 0, result.err
+    found = records.read(tmp_path / "recall.json", Recall)
+    assert {(r.model, r.rule) for r in found} == {
+        ("random_tiny_gemma with adapter", "linear"),
+        ("random_tiny_gemma with adapter", "off"),
+    }
+    off, plain = rows(tmp_path / "out", "off"), rows(whole)
+    assert [row["answered"] for row in off] == [row["answered"] for row in plain]
+    assert [row["answered"] for row in rows(tmp_path / "out")] != [row["answered"] for row in off]
+
+
 def test_a_preset_has_random_weights_and_is_labelled_so(evaluate, tmp_path, monkeypatch):
     changes = {"vocab_size": 1000, "width": 16, "mlp_dim": 24, "num_heads": 2, "head_dim": 8}
     tiny = dataclasses.replace(PRESETS["gemma-2b"], layer_types=("global",), **changes)
@@ -358,6 +382,7 @@ def test_what_does_not_fit_the_peer_is_not_run_and_nothing_longer_is_tried(sourc
         (["--haystack", "no/such/file"], 3, "no/such/file"),
         (["--haystack", "BOOK"], 2, "passkey is hidden in grass: add --filler books"),
         (["--tokenizer", "DIR"], 2, "--preset"),
+        (["--adapter", "no/adapter"], 3, "no/adapter"),
         (["--record", "no/such/directory/recall.json"], 3, "is not a directory"),
         (["--record", "EMPTY"], 3, "holds no records of this kind"),
         (["--model", "DIR"], 3, "DIR"),
