@@ -213,7 +213,6 @@ def require_peer(options: argparse.Namespace) -> None:
     """Raises where `--peer hf` cannot run."""
     from gemma_jax.benchmark import peer
 
-    peer.require()
     if not options.peer_model:
         raise UsageError("--peer hf needs the model as Hugging Face has it: --peer-model HF_DIR.")
     if not (Path(options.peer_model) / "config.json").is_file():
@@ -221,6 +220,7 @@ def require_peer(options: argparse.Namespace) -> None:
             f"{options.peer_model} has no config.json: name a Hugging Face directory with"
             " --peer-model."
         )
+    peer.require()
 
 
 def run_peer(subject: Subject, journal: Journal, console: Any, within: int) -> None:

@@ -95,7 +95,7 @@ def test_layers_cut_out_of_a_stack_are_found_in_what_this_compiler_makes(stacked
 @pytest.mark.parametrize("batch", [1, 3])
 def test_decoding_moves_no_weights(rule, batch):
     config = tiny_config(
-        rule=rule, width=24, mlp_dim=52, vocab_size=97, layer_types=(GLOBAL, SLIDING)
+        rule=rule, width=28, mlp_dim=52, vocab_size=97, layer_types=(GLOBAL, SLIDING)
     )
     params = random_params(config)
     program = gemma_jax.decode_block.lower(
