@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from gemma_jax import PRESETS, demo
+from gemma_jax import PRESETS, random_model
 from gemma_jax.benchmark.peer import huggingface_fields
 from gemma_jax.checkpoint.huggingface import table
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=3)
     options = parser.parse_args()
     config = PRESETS[options.preset]
-    demo.write_hugging_face(options.dest)  # for its tokenizer
+    random_model.write_hugging_face(options.dest)  # for its tokenizer
     (options.dest / "model.safetensors").unlink()
     fields = huggingface_fields(config, POSITIONS)
     (options.dest / "config.json").write_text(json.dumps(fields))

@@ -6,7 +6,20 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # the user's own is left alone
 
+import pytest
 from jaxtyping import install_import_hook
 
 CHECKED = ("attention", "delta", "layers", "memory", "transformer")
 install_import_hook([f"gemma_jax.model.{module}" for module in CHECKED], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory):
+    """The tiny random model, converted by the ordinary path."""
+    from gemma_jax import random_model
+    from gemma_jax.checkpoint.convert import convert
+
+    directory = tmp_path_factory.mktemp("random")
+    source = random_model.write_hugging_face(directory / "source" / random_model.NAME)
+    convert(source, directory / random_model.NAME, dtype="float32")
+    return directory / random_model.NAME

@@ -182,6 +182,7 @@ def run_any_command(place: Path, rng: random.Random) -> str:
         arguments += [name, *rng.sample(OPTIONS[name], min(1, len(OPTIONS[name])))]
     if "--max-new-tokens" not in arguments:
         arguments += ["--max-new-tokens", "3"]
+    arguments += ["--model", str(place / "model")]
     command = [sys.executable, str(ROOT / "run.py"), *arguments]
     done = subprocess.run(
         command, cwd=place, capture_output=True, text=True, timeout=300, input="the people\n"
@@ -261,13 +262,13 @@ def main() -> None:
     parser.add_argument("--only", choices=("convert", "save", "read", "commands"))
     options = parser.parse_args()
     import gemma_jax
-    from gemma_jax import demo
+    from gemma_jax import random_model
     from gemma_jax.checkpoint.convert import convert
 
     rows = []
     with tempfile.TemporaryDirectory() as place_:
         place = Path(place_)
-        source = demo.write_hugging_face(place / "source")
+        source = random_model.write_hugging_face(place / "source")
         convert(source, place / "model", dtype="float32")
         wanted = (options.only,) if options.only else ("convert", "save", "read", "commands")
         if "convert" in wanted:

@@ -8,14 +8,14 @@ import pytest
 
 import convert_weights
 import gemma_jax
-from gemma_jax import demo
+from gemma_jax import random_model
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
 def source(tmp_path):
-    return demo.write_hugging_face(tmp_path / "source")
+    return random_model.write_hugging_face(tmp_path / "source")
 
 
 def run(*arguments):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import convert_weights
 import gemma_jax
 import run
-from gemma_jax import demo
+from gemma_jax import random_model
 from gemma_jax.checkpoint import adapter as adapters
 from gemma_jax.checkpoint import memory_file, store
 from gemma_jax.checkpoint.convert import convert
@@ -34,7 +34,7 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return demo.write_hugging_face(tmp_path_factory.mktemp("source") / "model")
+    return random_model.write_hugging_face(tmp_path_factory.mktemp("source") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -271,12 +271,13 @@ def place(model, tmp_path, monkeypatch):
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 def test_any_prompt_and_options_end_with_an_exit_code_of_the_contract(
-    place, command, options, add_prompt
+    place, command, checkpoint, options, add_prompt
 ):
     arguments = [argument for option in options for argument in option]
     arguments += ["--prompt", "who"] if add_prompt else []
-    if "--max-new-tokens" not in arguments:
-        arguments += ["--max-new-tokens", "2"]
+    for name, value in (("--max-new-tokens", "2"), ("--model", checkpoint)):
+        if name not in arguments:
+            arguments += [name, value]
     code, _, line = command(run.main, *arguments)
     assert code in {0, 2, 3, 4}, line
     assert "Internal error" not in line

@@ -13,15 +13,13 @@ from pathlib import Path
 import pytest
 
 import run
-from gemma_jax import demo
-from gemma_jax.checkpoint import store
+from gemma_jax import random_model
 from gemma_jax.inference import console as console_module
 from gemma_jax.inference import reader
 from gemma_jax.inference.progress import Progress
 
 ROOT = Path(run.__file__).parent
 PROMPT = "the people called him"
-RANDOM = "random weights"
 
 
 @pytest.fixture(scope="session")
@@ -42,13 +40,19 @@ class Finished:
     err: str
 
 
+def with_model(arguments, model) -> list[str]:
+    """The arguments, with the random model where they name none."""
+    named = () if "--model" in arguments else ("--model", model)
+    return [str(argument) for argument in (*arguments, *named)]
+
+
 @pytest.fixture
-def command(capsys):
+def command(capsys, random_checkpoint):
     """Runs the command in this process."""
 
     def call(*arguments) -> Finished:
         try:
-            code = run.main([str(argument) for argument in arguments])
+            code = run.main(with_model(arguments, random_checkpoint))
         except SystemExit as exit_:
             code = exit_.code
         return Finished(code, *capsys.readouterr())
@@ -56,12 +60,16 @@ def command(capsys):
     return call
 
 
-def start(*arguments, **options) -> subprocess.Popen:
+@pytest.fixture
+def start(random_checkpoint):
     """Starts the command as a process of its own, away from the repository."""
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | options
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *map(str, arguments)], text=True, cwd="/", **pipes
-    )
+
+    def call(*arguments, **options) -> subprocess.Popen:
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | options
+        command = [sys.executable, str(ROOT / "run.py"), *with_model(arguments, random_checkpoint)]
+        return subprocess.Popen(command, text=True, cwd="/", **pipes)
+
+    return call
 
 
 def finish(process: subprocess.Popen, given: str | None = None) -> Finished:
@@ -82,7 +90,7 @@ def assert_refused(result: Finished, code: int, *words: str):
 # --- as a process ---
 
 
-def test_what_was_compiled_is_there_at_the_next_start(cache, tmp_path):
+def test_what_was_compiled_is_there_at_the_next_start(start, tmp_path):
     """A longer text compiles nothing new either; a cache that cannot be written does no harm."""
     kept = tmp_path / "compiled"
     environment = os.environ | {
@@ -104,19 +112,19 @@ def test_what_was_compiled_is_there_at_the_next_start(cache, tmp_path):
     assert programs(PROMPT)[0] == answer
 
 
-def test_the_answer_alone_is_on_standard_output_and_the_rest_on_standard_error(cache):
+def test_the_answer_alone_is_on_standard_output_and_the_rest_on_standard_error(start):
     result = finish(start("--prompt", PROMPT, "--max-new-tokens", 8))
     assert result.code == 0
     assert result.out.endswith("\n") and len(result.out) > 1
-    assert RANDOM in result.err
+    assert "random-tiny-gemma" in result.err
     assert "does not grow" in result.err
     assert re.search(r"read (\d+) of \1 tokens", result.err)
     again = finish(start("--prompt", "-", "--max-new-tokens", 8, "--json", "--quiet"), PROMPT)
     assert json.loads(again.out)["text"] + "\n" == result.out
-    assert len(again.err.splitlines()) == 1 and RANDOM in again.err
+    assert again.err == ""
 
 
-def test_a_closed_output_pipe_ends_quietly(cache):
+def test_a_closed_output_pipe_ends_quietly(start):
     process = start("--prompt", PROMPT, "--max-new-tokens", 100_000, "--quiet", "--temperature", 1)
     assert process.stdout.read(3)
     process.stdout.close()
@@ -126,7 +134,7 @@ def test_a_closed_output_pipe_ends_quietly(cache):
     process.stderr.close()
 
 
-def test_ctrl_c_ends_with_130(cache):
+def test_ctrl_c_ends_with_130(start):
     process = start("--context", "-")
     for line in process.stderr:  # the last line before it waits for standard input
         if "does not grow" in line:
@@ -178,7 +186,9 @@ def test_json_is_one_object_with_the_keys_of_the_contract(command):
 
 
 def test_quiet_leaves_warnings_only(command):
-    lines = command("--prompt", PROMPT, "--max-new-tokens", 2, "--quiet").err.splitlines()
+    options = ("--prompt", PROMPT, "--max-new-tokens", 2, "--quiet")
+    assert command(*options).err == ""
+    lines = command(*options, "--memory", "delta").err.splitlines()
     assert lines and all(line.startswith("warning: ") for line in lines)
 
 
@@ -313,7 +323,7 @@ def test_bytes_that_are_not_utf8_are_an_input_error(command, tmp_path):
 
 
 def test_a_model_that_was_not_converted_is_an_input_error(command, tmp_path):
-    source = demo.write_hugging_face(tmp_path / "source")
+    source = random_model.write_hugging_face(tmp_path / "source")
     assert_refused(command("--prompt", PROMPT, "--model", source), 3, "convert_weights.py")
 
 
@@ -337,25 +347,6 @@ def test_errors_inside_become_a_sentence_and_an_exit_code(command, monkeypatch, 
     result = command("--prompt", PROMPT)
     assert_refused(result, code, *words)
     assert "Traceback" in command("--prompt", PROMPT, "--debug").err
-
-
-def test_a_cache_that_cannot_be_written_says_what_to_set(command, monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert_refused(command("--prompt", PROMPT), 3, "XDG_CACHE_HOME")
-
-
-# --- the random model ---
-
-
-def test_the_random_model_is_made_once_by_the_ordinary_path(monkeypatch, cache):
-    first = demo.checkpoint()
-    before = first.stat().st_mtime_ns
-    assert demo.checkpoint() == first
-    assert first.stat().st_mtime_ns == before
-    assert not [path for path in first.parent.iterdir() if path.name.startswith(".making")]
-    assert demo.NAME in str(first) and str(first).startswith(str(cache))
-    assert store.read_config(first).vocab_size == demo.make_tokenizer().get_vocab_size()
 
 
 # --- the terminal ---
@@ -402,7 +393,7 @@ def test_durations_are_said_as_people_say_them(seconds, shown):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_behind_the_output_is_one_sentence():
+def test_a_full_disk_behind_the_output_is_one_sentence(start):
     with open("/dev/full", "w") as full:
         done = finish(start("--prompt", PROMPT, "--max-new-tokens", "4", stdout=full))
     assert done.code == 3
@@ -411,8 +402,9 @@ def test_a_full_disk_behind_the_output_is_one_sentence():
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2> >(exec true)"], ids=["closed", "gone"])
-def test_the_answer_comes_without_a_standard_error(redirection):
-    command = f"'{sys.executable}' run.py --prompt '{PROMPT}' --max-new-tokens 4 {redirection}"
+def test_the_answer_comes_without_a_standard_error(redirection, random_checkpoint):
+    run_py = f"'{sys.executable}' run.py --model '{random_checkpoint}'"
+    command = f"{run_py} --prompt '{PROMPT}' --max-new-tokens 4 {redirection}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip()
     assert "of State will be held" not in done.stdout

@@ -17,7 +17,6 @@ import run
 
 ROOT = Path(run.__file__).parent
 BOOK = "".join(f"the people called him {i}\n" for i in range(7000))
-OPTIONS = ("--max-new-tokens", "8", "--segment-length", "16")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,6 +24,11 @@ def environment(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module")
+def options(random_checkpoint):
+    return "--model", str(random_checkpoint), "--max-new-tokens", "8", "--segment-length", "16"
 
 
 @pytest.fixture
@@ -35,12 +39,12 @@ def book(tmp_path):
 
 
 @pytest.fixture
-def command(capsys):
+def command(capsys, options):
     """Runs the command in this process; gives its exit code, output and errors."""
 
     def call(*arguments):
         try:
-            code = run.main([*map(str, arguments), *OPTIONS])
+            code = run.main([*map(str, arguments), *options])
         except SystemExit as exit_:
             code = exit_.code
         return code, *capsys.readouterr()
@@ -49,13 +53,13 @@ def command(capsys):
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, options):
     """Starts the command as a process; it does not outlive the test."""
     processes = []
 
     def call(*arguments):
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "run.py"), *map(str, arguments), *OPTIONS],
+            [sys.executable, str(ROOT / "run.py"), *map(str, arguments), *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdin=subprocess.PIPE,
@@ -77,12 +81,12 @@ def start(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def answer_of_the_book(environment, tmp_path_factory):
+def answer_of_the_book(environment, options, tmp_path_factory):
     """What is answered when nothing interrupts."""
     path = tmp_path_factory.mktemp("answer") / "book.txt"
     path.write_text(BOOK)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert run.main(["--context", str(path), "--prompt", "who", *OPTIONS]) == 0
+        assert run.main(["--context", str(path), "--prompt", "who", *options]) == 0
     return out.getvalue()
 
 

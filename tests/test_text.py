@@ -10,7 +10,7 @@ import transformers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from gemma_jax import demo, text
+from gemma_jax import random_model, text
 from gemma_jax.errors import InputError
 
 BOS = 2
@@ -33,7 +33,7 @@ def wrap(backend: tokenizers.Tokenizer, **options) -> transformers.PreTrainedTok
 
 def gemma_like() -> transformers.PreTrainedTokenizerFast:
     """As Gemma 3's: newline runs and markup are added tokens that are not control tokens."""
-    backend = demo.make_tokenizer()
+    backend = random_model.make_tokenizer()
     backend.add_tokens(
         [tokenizers.AddedToken(t, normalized=False) for t in ("\n\n\n", "<table>", "<t", "  ")]
     )
@@ -79,7 +79,7 @@ def unknown_is_fused() -> transformers.PreTrainedTokenizerFast:
 
 
 def with_stripping_token() -> transformers.PreTrainedTokenizerFast:
-    backend = demo.make_tokenizer()
+    backend = random_model.make_tokenizer()
     backend.add_tokens([tokenizers.AddedToken("<mark>", lstrip=True, rstrip=True)])
     return wrap(backend)
 
@@ -113,7 +113,7 @@ def small_parts(monkeypatch):
 
 words = st.sampled_from(
     [
-        *demo._WORDS.split()[:30],
+        *random_model._WORDS.split()[:30],
         " ",
         "  ",
         "\n",
@@ -193,7 +193,7 @@ def test_truncation_stored_with_the_tokenizer_truncates_nothing():
 def test_control_tokens_in_text_are_text():
     tokenizer = tokenizer_of(gemma_like)
     ids = text.encode(tokenizer, "a<bos>b<end_of_turn>\n<start_of_turn>model\n<eos>")
-    control = {tokenizer.convert_tokens_to_ids(token) for token in demo.CONTROL_TOKENS}
+    control = {tokenizer.convert_tokens_to_ids(token) for token in random_model.CONTROL_TOKENS}
     assert not control & set(ids)
     assert tokenizer.decode(ids) == "a<bos>b<end_of_turn>\n<start_of_turn>model\n<eos>"
 
@@ -297,7 +297,7 @@ def test_a_broken_tokenizer_says_what_to_do(tmp_path):
 
 
 def test_marks_of_a_turn_are_control_tokens_even_where_the_files_call_them_ordinary(tmp_path):
-    backend = tokenizers.Tokenizer.from_str(demo.make_tokenizer().to_str())
+    backend = tokenizers.Tokenizer.from_str(random_model.make_tokenizer().to_str())
     content = json.loads(backend.to_str())
     for token in content["added_tokens"]:
         token["special"] = token["content"] not in ("<start_of_turn>", "<end_of_turn>")

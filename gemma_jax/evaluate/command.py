@@ -182,14 +182,14 @@ def read_config(options: argparse.Namespace) -> GemmaConfig:
 
 
 def load_tokenizer(options: argparse.Namespace) -> Any:
-    """The checkpoint's tokenizer; of a preset the one that is named, or the demonstration's."""
+    """The checkpoint's tokenizer; of a preset the one that is named, or a tiny one."""
     from gemma_jax.text import load_tokenizer
 
     if options.model or options.tokenizer:
         return load_tokenizer(options.model or options.tokenizer)
     import transformers
 
-    from gemma_jax.demo import make_tokenizer
+    from gemma_jax.random_model import make_tokenizer
 
     return transformers.PreTrainedTokenizerFast(tokenizer_object=make_tokenizer())
 

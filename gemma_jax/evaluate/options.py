@@ -29,7 +29,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument(
         "--preset", choices=tuple(PRESETS), help="random weights of this shape: time and memory"
     )
-    parser.add_argument("--tokenizer", metavar="DIR", help="of --preset (default: the demo's)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="of --preset (default: a tiny one)")
     what = parser.add_argument_group("what is asked")
     what.add_argument(
         "--task",

@@ -5,6 +5,7 @@ Imports wait for their use: what is wrong with the options or the files is said 
 
 import argparse
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,12 +60,11 @@ def load(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
     from gemma_jax.inference import notices
 
     cache.keep_compiled_programs()
-    if options.model is None:
-        console.warning(notices.RANDOM_MODEL)
     path = options.model or demo.checkpoint()
+    dtype = None if options.model else demo.suitable_dtype()
     recorded = store.read_config(path, memory=options.memory, adapter=options.adapter)
     changes = {"rule": options.memory, "segment_length": options.segment_length}
-    config = recorded.with_memory(
+    config = dataclasses.replace(recorded, dtype=dtype or recorded.dtype).with_memory(
         **{name: value for name, value in changes.items() if value is not None}
     )
     console.line(notices.memory_needed(config))
@@ -73,6 +73,7 @@ def load(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
         path,
         memory=options.memory,
         segment_length=options.segment_length,
+        dtype=dtype,
         verify=not options.no_verify,
         adapter=options.adapter,
     )

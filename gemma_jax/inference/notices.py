@@ -7,11 +7,6 @@ from typing import Any
 from gemma_jax.config import GemmaConfig
 from gemma_jax.inference.console import size
 
-RANDOM_MODEL = (
-    "no --model was given: a tiny model with random weights answers, and what it writes means"
-    " nothing. Name a checkpoint of convert_weights.py with --model for real answers."
-)
-
 
 def memory_needed(config: GemmaConfig) -> str:
     """What loading and reading will take, said before anything is loaded."""

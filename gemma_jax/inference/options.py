@@ -28,7 +28,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _reading(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--model", metavar="DIR", help="a checkpoint of convert_weights.py (default: a random one)"
+        "--model",
+        metavar="DIR",
+        help="a checkpoint of convert_weights.py (default: the small one of gemma_jax)",
     )
     group.add_argument(
         "--context",

@@ -9,9 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gemma_jax.demo import BYTES, CHARACTERS, CONTROL_TOKENS, assemble
 from gemma_jax.errors import UsageError
 
+CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+CHARACTERS = ["▁", "\n", *(chr(code) for code in range(0x21, 0x7F))]
 SMALLEST = len(CONTROL_TOKENS) + len(BYTES) + len(CHARACTERS)
 
 
@@ -46,6 +48,30 @@ def learn_tokenizer(texts: Iterable[str], size: int) -> Any:
     model = json.loads(learner.to_str())["model"]
     learnt = sorted(model["vocab"], key=model["vocab"].get)
     return assemble([*BYTES, *learnt], [tuple(pair) for pair in model["merges"]])
+
+
+def assemble(pieces: list[str], merges: list[tuple[str, str]]) -> Any:
+    """A tokenizer as Gemma's is built, of control tokens, then `pieces`."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    pieces = dict.fromkeys([*CONTROL_TOKENS, *pieces])
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={piece: index for index, piece in enumerate(pieces)},
+            merges=merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens(list(CONTROL_TOKENS))
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> Path:

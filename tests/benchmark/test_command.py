@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from gemma_jax import PRESETS, demo
+from gemma_jax import PRESETS, random_model
 from gemma_jax.benchmark import command, device, files, peer, records, running
 from gemma_jax.checkpoint import store
 from gemma_jax.errors import GemmaError, InputError, UsageError
@@ -20,7 +20,7 @@ def checkpoint(tmp_path_factory):
     from gemma_jax.checkpoint.convert import convert
 
     directory = tmp_path_factory.mktemp("benchmark")
-    source = demo.write_hugging_face(directory / demo.NAME)
+    source = random_model.write_hugging_face(directory / random_model.NAME)
     convert(source, directory / "model", dtype="float32")
     return str(directory / "model")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gemma_jax import demo
+from gemma_jax import random_model
 from gemma_jax.checkpoint.huggingface import table
 from gemma_jax.config import GemmaConfig
 
@@ -30,7 +30,7 @@ GEMMA3 = {
 
 @pytest.fixture(scope="session")
 def tokenizer_json():
-    return demo.make_tokenizer().to_str()
+    return random_model.make_tokenizer().to_str()
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import gemma_jax
-from gemma_jax import demo
 from gemma_jax.checkpoint import files, memory_file, store
 from gemma_jax.checkpoint.__main__ import main as describe
 from gemma_jax.checkpoint.memory_file import Memory, Position, Source
@@ -18,10 +17,8 @@ from gemma_jax.errors import CorruptError, InputError, UsageError
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return gemma_jax.load(demo.checkpoint(), segment_length=16)
+def model(random_checkpoint):
+    return gemma_jax.load(random_checkpoint, segment_length=16)
 
 
 def state_of(model, dtype="float32"):

@@ -2,14 +2,14 @@
 
 import pytest
 
-from gemma_jax import demo
+from gemma_jax import random_model
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     import transformers
 
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=demo.make_tokenizer())
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=random_model.make_tokenizer())
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +18,6 @@ def sources(tmp_path_factory):
     from gemma_jax.checkpoint.convert import convert
 
     directory = tmp_path_factory.mktemp("evaluate")
-    source = demo.write_hugging_face(directory / demo.NAME)
+    source = random_model.write_hugging_face(directory / random_model.NAME)
     convert(source, directory / "model", dtype="float32")
     return source, directory / "model"

@@ -8,7 +8,7 @@ import pytest
 from reference import random_params, random_tokens, tiny_config
 
 import gemma_jax
-from gemma_jax import demo
+from gemma_jax import random_model
 from gemma_jax.checkpoint.store import Model
 from gemma_jax.evaluate.haystack import reach
 from gemma_jax.evaluate.running import Reader, fork, without_memory
@@ -20,7 +20,7 @@ LIMIT = 9
 def model():
     import transformers
 
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=demo.make_tokenizer())
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=random_model.make_tokenizer())
     config = tiny_config(
         rule="gated_delta",
         segment_length=8,

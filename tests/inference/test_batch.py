@@ -7,7 +7,6 @@ import pytest
 from hypothesis import strategies as st
 
 import gemma_jax
-from gemma_jax import demo
 from gemma_jax.errors import InputError, OutOfMemoryError
 from gemma_jax.inference import batch, reader, remember
 
@@ -16,10 +15,8 @@ REPORT = {"text", "tokens", "prompt_tokens", "finish_reason", "seed", "model", "
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return gemma_jax.load(demo.checkpoint(), segment_length=CHUNK)
+def model(random_checkpoint):
+    return gemma_jax.load(random_checkpoint, segment_length=CHUNK)
 
 
 @pytest.fixture(scope="module")

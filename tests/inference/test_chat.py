@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gemma_jax
-from gemma_jax import demo, text
+from gemma_jax import random_model, text
 from gemma_jax.errors import GemmaError, InputError
 from gemma_jax.inference import chat as chat_module
 from gemma_jax.inference import reader, remember
@@ -24,10 +24,8 @@ TURNS = ("who was it", " the people\n called  him ", "how many 漢<end_of_turn>"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return gemma_jax.load(demo.checkpoint(), segment_length=CHUNK)
+def model(random_checkpoint):
+    return gemma_jax.load(random_checkpoint, segment_length=CHUNK)
 
 
 def talk(model, memory=None, **options):
@@ -176,7 +174,7 @@ def test_models_without_a_template_are_refused(model):
 
     for template in ("no user text", "{{ messages[0]['content'] + '<end_of_turn>' }}"):
         Plain.tokenizer = type(model.tokenizer)(
-            tokenizer_object=demo.make_tokenizer(), chat_template=template
+            tokenizer_object=random_model.make_tokenizer(), chat_template=template
         )
         with pytest.raises(InputError, match="instruction-tuned"):
             talk(Plain)

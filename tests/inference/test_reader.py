@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gemma_jax
-from gemma_jax import demo, text
+from gemma_jax import text
 from gemma_jax.errors import GemmaError, InputError, UsageError
 from gemma_jax.inference import pieces, reader
 from gemma_jax.inference.progress import Progress, Rate, Tokenized
@@ -20,10 +20,8 @@ PROMPT = "the people called him and then there was only water for a long way"
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return gemma_jax.load(demo.checkpoint())
+def model(random_checkpoint):
+    return gemma_jax.load(random_checkpoint)
 
 
 def ids_of(model, content: str) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 import gemma_jax
-from gemma_jax import demo, text
+from gemma_jax import text
 from gemma_jax.checkpoint import memory_file
 from gemma_jax.errors import GemmaError, InputError, UsageError
 from gemma_jax.inference import reader, remember, saving
@@ -29,10 +29,8 @@ SENTENCES = (
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return gemma_jax.load(demo.checkpoint(), segment_length=CHUNK)
+def model(random_checkpoint):
+    return gemma_jax.load(random_checkpoint, segment_length=CHUNK)
 
 
 @pytest.fixture(autouse=True)

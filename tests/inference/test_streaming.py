@@ -9,7 +9,7 @@ import transformers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gemma_jax import demo, text
+from gemma_jax import random_model, text
 from gemma_jax.errors import UsageError
 from gemma_jax.inference.streaming import StopTexts, StreamDecoder
 
@@ -22,7 +22,7 @@ def wrap(backend: tokenizers.Tokenizer) -> transformers.PreTrainedTokenizerFast:
 
 @functools.cache
 def gemma_like():
-    return wrap(demo.make_tokenizer())
+    return wrap(random_model.make_tokenizer())
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from gemma_jax import demo
+from gemma_jax import random_model
 from gemma_jax.tasks.__main__ import main
 
 
@@ -21,7 +21,7 @@ def test_the_text_goes_to_standard_output_and_the_questions_beside_it(capsys):
 
 
 def test_books_and_a_tokenizer_of_ones_own_are_used(capsys, tmp_path):
-    demo.make_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    random_model.make_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "mine.txt").write_text("My own words stand here. " * 50)
     arguments = ["babilong_qa1", "--length", "1K", "--model", str(tmp_path)]
     assert main([*arguments, "--books", str(tmp_path / "mine.txt")]) == 0

@@ -9,7 +9,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from reference import tiny_config
 from teaching import add_digits
 
-from gemma_jax import demo
+from gemma_jax import random_model
 from gemma_jax.text import load_tokenizer
 from gemma_jax.train import command as train_command
 from gemma_jax.train.corpus import tokenize_text
@@ -59,7 +59,7 @@ def tasks_with_digits(monkeypatch):
 def home(tmp_path_factory):
     """A directory with a tokenizer, a configuration and two texts."""
     home = tmp_path_factory.mktemp("home")
-    tokenizer = demo.make_tokenizer()
+    tokenizer = random_model.make_tokenizer()
     tokenizer.save(str(home / "tokenizer.json"))
     (home / "tokenizer_config.json").write_text("{}")
     config = tiny_config(

@@ -12,7 +12,7 @@ from teaching import equal_trees
 
 import gemma_jax
 import run
-from gemma_jax import demo
+from gemma_jax import random_model
 from gemma_jax.checkpoint import adapter as adapters
 from gemma_jax.checkpoint import store
 from gemma_jax.checkpoint.convert import convert
@@ -23,7 +23,7 @@ from gemma_jax.train import result
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return demo.write_hugging_face(tmp_path_factory.mktemp("hf") / "small", seed=3)
+    return random_model.write_hugging_face(tmp_path_factory.mktemp("hf") / "small", seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_every_conversion_of_the_same_weights_is_the_same_base(base, source, tra
 
 
 def test_an_adapter_of_another_model_is_refused(trained, tmp_path):
-    other = demo.write_hugging_face(tmp_path / "hf", seed=4)
+    other = random_model.write_hugging_face(tmp_path / "hf", seed=4)
     convert(other, tmp_path / "other", dtype="float32")
     with pytest.raises(InputError, match="trained for small .* this model is hf "):
         gemma_jax.load(tmp_path / "other", adapter=trained[0])

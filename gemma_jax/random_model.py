@@ -1,26 +1,18 @@
-"""A tiny Gemma with random weights, for trying the commands without a download.
+"""A tiny Gemma with random weights as Hugging Face would have it, for tests and benchmarks.
 
-It is made by the ordinary path: a Hugging Face directory, then its conversion. It knows nothing:
-what it writes is noise, and every answer of it must be labelled so.
+It knows nothing: what it writes is noise.
 """
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma_jax.cache import cache_directory
-from gemma_jax.errors import InputError
+from gemma_jax.train.tokenizer import BYTES, CHARACTERS, CONTROL_TOKENS, assemble
 
 NAME = "random-tiny-gemma"
-VERSION = 2  # raise it when what is written changes, so that old copies in the cache are left alone
 
-CONTROL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-CHARACTERS = ["▁", "\n", *(chr(code) for code in range(0x21, 0x7F))]
 _WORDS = (
     "the of and to in that it is was for on are with as his they be at one have this from or had"
     " by not but what all were when we there can an your which their said if do will each about"
@@ -49,32 +41,6 @@ _CONFIG = {
     "bos_token_id": 2,
     "torch_dtype": "float32",
 }
-
-
-def checkpoint() -> Path:
-    """The converted random model in the user's cache; it is made when it is not there.
-
-    Raises:
-        InputError: the cache directory cannot be written.
-    """
-    cache = cache_directory() / f"demo-{VERSION}"
-    if (cache / NAME).is_dir():
-        return cache / NAME
-    from gemma_jax.checkpoint.convert import convert
-
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as making:
-            source = write_hugging_face(Path(making) / "source" / NAME)
-            converted = Path(making) / NAME
-            convert(source, converted, dtype="float32")
-            _move(converted, cache / NAME)
-    except OSError as error:
-        raise InputError(
-            f"{cache} cannot be written ({error.strerror or error}): set XDG_CACHE_HOME to a"
-            " directory that can, or name a model with --model."
-        ) from error
-    return cache / NAME
 
 
 def write_hugging_face(directory: Path, seed: int = 0) -> Path:
@@ -110,30 +76,6 @@ def make_tokenizer() -> Any:
         merges += [("▁" + word[:i], word[i]) for i in range(len(word))]
     merges = list(dict.fromkeys(merges))
     return assemble([*BYTES, *CHARACTERS, *(a + b for a, b in merges)], merges)
-
-
-def assemble(pieces: list[str], merges: list[tuple[str, str]]) -> Any:
-    """A tokenizer as Gemma's is built, of control tokens, then `pieces`."""
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
-
-    pieces = dict.fromkeys([*CONTROL_TOKENS, *pieces])
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={piece: index for index, piece in enumerate(pieces)},
-            merges=merges,
-            unk_token="<unk>",
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    tokenizer.add_special_tokens(list(CONTROL_TOKENS))
-    return tokenizer
 
 
 def _random_weights(rng: np.random.Generator, vocab_size: int) -> dict[str, np.ndarray]:
@@ -179,12 +121,3 @@ def _random_weights(rng: np.random.Generator, vocab_size: int) -> dict[str, np.n
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _move(source: Path, target: Path) -> None:
-    try:
-        source.rename(target)
-    except OSError:
-        if not target.is_dir():  # otherwise another process made the same at the same time
-            raise
-        shutil.rmtree(source)

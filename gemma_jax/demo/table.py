@@ -1,0 +1,89 @@
+"""What was planted, asked and answered, as a table for people."""
+
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_jax.demo.planting import Planted
+from gemma_jax.demo.running import Run
+from gemma_jax.evaluate.haystack import Asked, Text
+from gemma_jax.inference.console import size
+
+WIDTH = 110  # where standard output is no terminal
+ANSWER_CHARACTERS = 18
+RIGHT, WRONG = "✓", "✗"
+
+
+def show(planted: Planted, runs: Mapping[str, Run], *, seed: int) -> None:
+    """Prints the table; `runs` are its last columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(
+        file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDTH
+    )
+    text = next(iter(runs.values())).text
+    console.print(_plain(_heading(planted, text, seed)), "")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("tokens back", justify="right", no_wrap=True)
+    table.add_column("planted, and asked")
+    for name in runs:
+        table.add_column(name, no_wrap=True)
+    distances = [text.trial(asked)["distance"] for asked in planted.asked]
+    for index in sorted(range(len(distances)), key=lambda index: -distances[index]):
+        asked = planted.asked[index]
+        table.add_row(f"{distances[index]:,}", _plain(" ... ".join(planted.facts(asked))))
+        cells = [_answer(run.answers[index], run.scores[index]) for run in runs.values()]
+        table.add_row("", _plain(_question(asked)), *cells, end_section=True)
+        table.add_row()
+    for name, cells in _totals(runs).items():
+        table.add_row("", name, *cells)
+    console.print(table)
+    console.print(
+        f"\nLocal attention reaches {planted.reach:,} tokens back: what stands before is known from"
+        " memory, or not at all."
+    )
+
+
+def _heading(planted: Planted, text: Text, seed: int) -> str:
+    repeated = text.trial(planted.asked[0])["repeated_share"]
+    how = f"{repeated:.0%} of it repeated" if repeated else "none of it repeated"
+    return (
+        f"{text.tokens:,} tokens of Moby-Dick and Shakespeare, {how}, with facts in between (seed"
+        f" {seed}): {len(planted.asked)} that are asked for, {planted.others} that are not."
+    )
+
+
+def _totals(runs: Mapping[str, Run]) -> dict[str, list[str]]:
+    all_runs = runs.values()
+    return {
+        "right": [f"{sum(run.scores):g} of {len(run.scores)}" for run in all_runs],
+        "tokens read": [f"{run.text.tokens:,}" for run in all_runs],
+        "seconds": [f"{run.seconds:.1f}" for run in all_runs],
+        "size of the State": [size(run.state_bytes) for run in all_runs],
+    }
+
+
+def _question(asked: Asked) -> str:
+    """As it is asked, without the words that lead to the answer."""
+    text = asked.question.text.strip()
+    return text[: text.index("?") + 1] if "?" in text else text
+
+
+def _answer(answer: str, score: float) -> Any:
+    """What the model wrote, up to the end of its first sentence."""
+    from rich.text import Text
+
+    said = re.split(r"(?<=\S)(?:[.!?]+\s|\n)", answer + "\n")[0]
+    said = " ".join(said.split()).rstrip(".") or "(nothing)"
+    if len(said) > ANSWER_CHARACTERS:
+        said = said[: ANSWER_CHARACTERS - 1] + "…"
+    right = score == 1
+    return Text(f"{RIGHT if right else WRONG} {said}", style="green" if right else "red")
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)
