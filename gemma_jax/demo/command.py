@@ -18,6 +18,7 @@ from gemma_jax.inference.console import (
     run_command,
 )
 from gemma_jax.inference.progress import Progress
+from gemma_jax.tasks.base import Task
 
 # Questions by task.
 DEFAULT_TASKS = {"passkey": 1, "niah_multikey_1": 5, "babilong_qa1": 2}
@@ -84,13 +85,15 @@ def demonstrate(options: argparse.Namespace) -> None:
         UsageError: the model has no memory, or the tasks and the length do not go together.
         GemmaError: the model's numbers are not finite.
     """
+    from gemma_jax.demo.planting import make_tasks
     from gemma_jax.inference import notices
 
+    made = make_tasks(options.task)
     began = time.perf_counter()
     console = Console(quiet=options.quiet, debug=options.debug)
     model = load(options.model)
     console.line(notices.memory_needed(model.config))
-    planted = plant_for(model, options)
+    planted = plant_for(model, made, options)
     if options.write:
         write_text(planted, model.tokenizer, Path(options.write))
         console.line(f"the text is in {options.write}")
@@ -107,9 +110,7 @@ def demonstrate(options: argparse.Namespace) -> None:
             console.end_progress()
     table.show(planted, runs, seed=options.seed)
     if options.write:
-        print("\nAsk yourself:\n")
-        for asked in planted.asked:
-            print(prompt_command(options, asked.question.text.strip()))
+        print_questions(planted, options)
     console.line(f"all of it took {time.perf_counter() - began:.0f} s")
 
 
@@ -132,7 +133,7 @@ def load(path: str | None) -> Any:
     return store.load(path, dtype=demo.suitable_dtype())
 
 
-def plant_for(model: Any, options: argparse.Namespace) -> Planted:
+def plant_for(model: Any, made: Sequence[tuple[Task, int]], options: argparse.Namespace) -> Planted:
     """What the options ask for, in the books that no model of ours was trained on."""
     from gemma_jax.demo.planting import plant
     from gemma_jax.evaluate.haystack import reach
@@ -140,7 +141,7 @@ def plant_for(model: Any, options: argparse.Namespace) -> Planted:
     from gemma_jax.text import batch_encoder
 
     return plant(
-        options.task,
+        made,
         tokens=options.tokens,
         seed=options.seed,
         reach=reach(model.config),
@@ -162,11 +163,16 @@ def write_text(planted: Planted, tokenizer: Any, path: Path) -> None:
         file.writelines(tokenizer.decode(ids) for ids in pieces)
 
 
-def prompt_command(options: argparse.Namespace, prompt: str) -> str:
-    """The command that asks a question about the text that was written."""
+def print_questions(planted: Planted, options: argparse.Namespace) -> None:
+    """Prints how to ask the questions with `run.py` about the text that was written."""
     model = ["--model", options.model] if options.model else []
-    command = ["python", "run.py", *model, "--context", options.write, "--prompt", prompt]
-    return shlex.join([*command, "--max-new-tokens", "16"])
+    command = ["python", "run.py", *model, "--context", options.write]
+    prompts = [asked.question.text.strip() for asked in planted.asked]
+    first = [*command, "--prompt", prompts[0], "--max-new-tokens", "16"]
+    print(f"\nAsk yourself:\n\n{shlex.join(first)}")
+    if prompts[1:]:
+        print("\nThe other questions:\n")
+        print("\n".join(shlex.quote(prompt) for prompt in prompts[1:]))
 
 
 def show_progress(console: Console, name: str) -> Callable[[Progress | None], None]:

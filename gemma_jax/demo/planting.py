@@ -49,8 +49,24 @@ class Planted:
         return len(self.haystack.episode.facts) - len(needed)
 
 
+def make_tasks(wanted: Mapping[str, int]) -> tuple[tuple[Task, int], ...]:
+    """Tasks by name, each with how many questions it asks.
+
+    Raises:
+        UsageError: there is no such task, it cannot be hidden in books, or two of them could contradict
+            each other.
+    """
+    made = tuple((tasks.make(name, haystack="books"), count) for name, count in wanted.items())
+    if len({type(task) for task, _ in made}) < len(made):
+        raise UsageError(
+            f"{', '.join(wanted)}: two of these tell of the same things, so their facts would contradict"
+            " each other; choose one of a family."
+        )
+    return made
+
+
 def plant(
-    wanted: Mapping[str, int],
+    made: Sequence[tuple[Task, int]],
     *,
     tokens: int,
     seed: int,
@@ -62,20 +78,13 @@ def plant(
     """Plans a text of at most `tokens` tokens, BOS and the longest question included.
 
     Args:
-        wanted: names of tasks that can be hidden in books, and how many questions each asks.
+        made: see `make_tasks`.
         reach: tokens before the end of what is read that local attention sees.
         books: paths of what the text is made of.
 
     Raises:
-        UsageError: there is no such task, two of them could contradict each other, one cannot ask so
-            much, or the text is too short.
+        UsageError: a task cannot ask so much, or the text is too short.
     """
-    made = {name: tasks.make(name, haystack="books") for name in wanted}
-    if len({type(task) for task in made.values()}) < len(made):
-        raise UsageError(
-            f"{' and '.join(made)} tell of the same things, so their facts would contradict each other:"
-            " choose one task of a family."
-        )
     least = 2 * (reach + MARGIN_TOKENS)
     if tokens < least:
         raise UsageError(
@@ -83,7 +92,7 @@ def plant(
             f" choose {least} or more."
         )
     furthest = 1 - (reach + MARGIN_TOKENS) / tokens
-    episode, owners = mix(made, wanted, seed, furthest)
+    episode, owners = mix(made, seed, furthest)
     haystack = Haystack("demo", owners[0], tokens, episode, ask(episode, encode_batch))
     planted = Planted(haystack, owners, reach, tuple(books), encode_batch, bos_id)
     planted.text()  # raises where the facts do not fit
@@ -91,27 +100,25 @@ def plant(
 
 
 def mix(
-    made: Mapping[str, Task], wanted: Mapping[str, int], seed: int, furthest: float
+    made: Sequence[tuple[Task, int]], seed: int, furthest: float
 ) -> tuple[Episode, tuple[Task, ...]]:
     """One episode of several tasks, its questions' facts spread evenly up to the depth `furthest`.
 
     Returns:
         The episode, and by question the task that it is of.
     """
-    rng, count = random.Random(f"demo:{seed}"), sum(wanted.values())
-    depths = [furthest * (index + rng.random()) / count for index in range(count)]
+    rng, total = random.Random(f"demo:{seed}"), sum(count for _, count in made)
+    depths = [furthest * (index + rng.random()) / total for index in range(total)]
     rng.shuffle(depths)
-    episodes = {
-        name: task.episode(seed, sorted(depths.pop() for _ in range(wanted[name])))
-        for name, task in made.items()
-    }
-    openings = dict.fromkeys(episode.opening for episode in episodes.values())
-    draft = Draft("demo", seed, " ".join(openings))
-    owners = []
-    for name, episode in episodes.items():
+    episodes = [
+        task.episode(seed, sorted(depths.pop() for _ in range(count))) for task, count in made
+    ]
+    draft = Draft("demo", seed, " ".join(episode.opening for episode in episodes))
+    owners: list[Task] = []
+    for (task, _), episode in zip(made, episodes, strict=True):
         numbers = [draft.fact(fact.text, fact.depth) for fact in episode.facts]
         for question in episode.questions:
             facts = [numbers[index] for index in question.facts]
             draft.ask(question.text, question.answers, facts, question.depth)
-            owners.append(made[name])
+            owners.append(task)
     return draft.episode(), tuple(owners)

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemma_jax.demo.planting import Planted
@@ -10,40 +10,46 @@ from gemma_jax.demo.running import Run
 from gemma_jax.evaluate.haystack import Asked, Text
 from gemma_jax.inference.console import size
 
-WIDTH = 110  # where standard output is no terminal
-ANSWER_CHARACTERS = 18
+WIDTH = 120  # where standard output is no terminal
+ANSWER_CHARACTERS = 12  # shown of an answer
 RIGHT, WRONG = "✓", "✗"
 
 
 def show(planted: Planted, runs: Mapping[str, Run], *, seed: int) -> None:
     """Prints the table; `runs` are its last columns."""
     from rich.console import Console
+
+    text = next(iter(runs.values())).text
+    width = None if sys.stdout.isatty() else WIDTH
+    console = Console(file=sys.stdout, highlight=False, width=width)
+    with console.capture() as capture:
+        console.print(_plain(_heading(planted, text, seed)), "")
+        console.print(_table(planted, runs, [text.trial(a)["distance"] for a in planted.asked]))
+        console.print(
+            f"\nLocal attention reaches {planted.reach:,} tokens back: what stands before is known from"
+            f" memory, or not at all. Other texts, facts and questions: --seed {seed + 1}."
+        )
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def _table(planted: Planted, runs: Mapping[str, Run], distances: Sequence[int]) -> Any:
+    """Questions in the order of the text, and the totals."""
     from rich.table import Table
 
-    console = Console(
-        file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDTH
-    )
-    text = next(iter(runs.values())).text
-    console.print(_plain(_heading(planted, text, seed)), "")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("tokens back", justify="right", no_wrap=True)
     table.add_column("planted, and asked")
     for name in runs:
         table.add_column(name, no_wrap=True)
-    distances = [text.trial(asked)["distance"] for asked in planted.asked]
     for index in sorted(range(len(distances)), key=lambda index: -distances[index]):
         asked = planted.asked[index]
         table.add_row(f"{distances[index]:,}", _plain(" ... ".join(planted.facts(asked))))
         cells = [_answer(run.answers[index], run.scores[index]) for run in runs.values()]
-        table.add_row("", _plain(_question(asked)), *cells, end_section=True)
+        table.add_row("", _plain(_question(asked)), *cells)
         table.add_row()
     for name, cells in _totals(runs).items():
         table.add_row("", name, *cells)
-    console.print(table)
-    console.print(
-        f"\nLocal attention reaches {planted.reach:,} tokens back: what stands before is known from"
-        " memory, or not at all."
-    )
+    return table
 
 
 def _heading(planted: Planted, text: Text, seed: int) -> str:

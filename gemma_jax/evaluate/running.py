@@ -22,9 +22,8 @@ from gemma_jax.inference.pieces import PIECES_AHEAD, PIECES_IN_FLIGHT, ahead, pi
 from gemma_jax.inference.prefill import default_chunk_tokens, prefill
 from gemma_jax.inference.reader import peak_memory_bytes, stop_token_ids
 from gemma_jax.inference.sampling import Greedy
+from gemma_jax.inference.writing import default_block_tokens
 from gemma_jax.model.state import State, init_state
-
-BLOCK_TOKENS = 8  # of answers, written between two looks at them
 
 OnTokens = Callable[[int], None]
 
@@ -90,7 +89,14 @@ class Reader:
         for row, ids in zip(tokens, asked, strict=True):
             row[: len(ids)] = ids
         lengths = np.array([len(ids) for ids in asked], np.int32)
-        logits, state = prefill(params, tokens, state, config=config, lengths=lengths)
+        logits, state = prefill(
+            params,
+            tokens,
+            state,
+            config=config,
+            lengths=lengths,
+            chunk_tokens=chunk_tokens(config, self.rows),
+        )
         finite = np.array(finite_rows(logits))
         written: list[list[int]] = [[] for _ in questions]
         going = set(range(len(questions)))
@@ -102,7 +108,7 @@ class Reader:
                 config=config,
                 sampling=Greedy(),
                 key=jax.random.key(0),
-                num_tokens=BLOCK_TOKENS,
+                num_tokens=default_block_tokens(),
                 stop_ids=stops,
             )
             block, counts, still = jax.device_get((block, counts, finite_rows(logits)))
