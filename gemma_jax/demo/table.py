@@ -56,8 +56,9 @@ def _heading(planted: Planted, text: Text, seed: int) -> str:
     repeated = text.trial(planted.asked[0])["repeated_share"]
     how = f"{repeated:.0%} of it repeated" if repeated else "none of it repeated"
     return (
-        f"{text.tokens:,} tokens of Moby-Dick and Shakespeare, {how}, with facts in between (seed"
-        f" {seed}): {len(planted.asked)} that are asked for, {planted.others} that are not."
+        f"{text.tokens:,} tokens from the books held out of training (Moby-Dick, Shakespeare), {how}, with"
+        f" facts in between (seed {seed}): {len(planted.asked)} questions are asked about them, and"
+        f" {planted.others} of them are there to distract."
     )
 
 

@@ -60,8 +60,10 @@ def load(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
     from gemma_jax.inference import notices
 
     cache.keep_compiled_programs()
-    path = options.model or demo.checkpoint()
-    dtype = None if options.model else demo.suitable_dtype()
+    path, dtype = options.model, None
+    if path is None:
+        path, dtype = demo.checkpoint(), demo.suitable_dtype()
+        console.line(notices.SMALL_MODEL)
     recorded = store.read_config(path, memory=options.memory, adapter=options.adapter)
     changes = {"rule": options.memory, "segment_length": options.segment_length}
     config = dataclasses.replace(recorded, dtype=dtype or recorded.dtype).with_memory(

@@ -7,6 +7,11 @@ from typing import Any
 from gemma_jax.config import GemmaConfig
 from gemma_jax.inference.console import size
 
+SMALL_MODEL = (
+    "no --model was given: the small model of gemma_jax answers, which knows how to recall what it read"
+    " and little else. Name a checkpoint of convert_weights.py with --model for real answers."
+)
+
 
 def memory_needed(config: GemmaConfig) -> str:
     """What loading and reading will take, said before anything is loaded."""

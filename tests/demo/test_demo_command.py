@@ -123,7 +123,7 @@ def test_a_table_tells_what_was_planted_asked_and_answered(planted, capsys):
     assert out.count(f"{table.WRONG} (nothing)") == 4 and f"{table.WRONG} None" in out
     assert re.search(r"right +3 of 4 +0 of 4\n", out)
     assert re.search(r"seconds +2\.5 +1\.5\n", out)
-    assert f"{text.tokens:,} tokens of Moby-Dick and Shakespeare, none of it repeated" in out
+    assert out.startswith(f"{text.tokens:,} tokens") and "none of it repeated" in out
     for asked, reply in zip(planted.asked[1:], right[1:], strict=True):
         assert f"{table.RIGHT} {reply.strip(' .')}" in out
         assert all(fact in out for fact in planted.facts(asked))

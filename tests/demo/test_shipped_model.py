@@ -55,7 +55,7 @@ def test_run_py_asks_what_stands_in_its_place(answered, small_model, monkeypatch
     assert (code, report["model"], report["memory_rule"]) == (0, "small-demo", "gated_delta")
     as_recorded = gemma_jax.load(small_model).config
     assert report["state_bytes"] > gemma_jax.state_bytes(as_recorded)  # float32 on CPUs
-    assert "warning" not in err
+    assert "warning" not in err and "no --model was given" in err
 
 
 def test_a_damaged_model_is_refused(small_model, monkeypatch, tmp_path):
