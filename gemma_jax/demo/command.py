@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=DEFAULT_TASKS,
         metavar="NAME=N,...",
         help="what is planted, and how many questions are asked about it"
-        f" (default: {','.join(f'{name}={number}' for name, number in DEFAULT_TASKS.items())})",
+        f" (default: {','.join(f'{name}={asked}' for name, asked in DEFAULT_TASKS.items())})",
     )
     parser.add_argument("--write", metavar="FILE", help="keep the text, to be read with run.py")
     parser.add_argument(
@@ -152,7 +152,8 @@ def plant_for(model: Any, made: Sequence[tuple[Task, int]], options: argparse.Na
 
 
 def write_text(planted: Planted, tokenizer: Any, path: Path) -> None:
-    """Writes what is read, as text.
+    """Writes what is read, as text; the line's end and the one that `run.py` puts before a prompt make
+    the empty line that questions are asked after here.
 
     Raises:
         OSError: the file cannot be written.
@@ -161,6 +162,7 @@ def write_text(planted: Planted, tokenizer: Any, path: Path) -> None:
     next(pieces)  # BOS
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(tokenizer.decode(ids) for ids in pieces)
+        file.write("\n")
 
 
 def print_questions(planted: Planted, options: argparse.Namespace) -> None:

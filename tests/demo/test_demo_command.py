@@ -157,11 +157,12 @@ def test_the_text_can_be_kept_and_asked_with_run_py(demo, planted, tmp_path, cap
     found = demo("--write", file, "--quiet")
     assert found.code == 0
     ids = [i for some in planted.text() for i in some]
-    assert file.read_text() == model.tokenizer.decode(ids[1:])  # without BOS
+    asked = [*ids[1:], *planted.asked[1].ids]  # without BOS
+    prompts = [asked.question.text.strip() for asked in planted.asked]
+    assert f"{file.read_text()}\n{prompts[1]}" == model.tokenizer.decode(asked)
     (line,) = [line for line in found.out.splitlines() if line.startswith("python run.py")]
     arguments = shlex.split(line)[2:]
     assert run.main([*arguments, "--quiet"]) == 0 and capsys.readouterr().out.strip()
-    prompts = [asked.question.text.strip() for asked in planted.asked]
     assert arguments[arguments.index("--prompt") + 1] == prompts[0]
     assert all(shlex.quote(prompt) in found.out for prompt in prompts)
 
