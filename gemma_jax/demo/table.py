@@ -57,8 +57,8 @@ def _heading(planted: Planted, text: Text, seed: int) -> str:
     how = f"{repeated:.0%} of it repeated" if repeated else "none of it repeated"
     return (
         f"{text.tokens:,} tokens from the books held out of training (Moby-Dick, Shakespeare), {how}, with"
-        f" facts in between (seed {seed}): {len(planted.asked)} questions are asked about them, and"
-        f" {planted.others} of them are there to distract."
+        f" facts in between (seed {seed}). Questions about them: {len(planted.asked)}; facts that none of"
+        f" these needs: {planted.others}."
     )
 
 
