@@ -166,7 +166,7 @@ def make_data(
             hay = tuple(text(file) for file in filler(options))
             encode, reach = batch_encoder(tokenizer), config.memory.reach
             task = (what, hay, encode, config.bos_id, weight, Ramp(*options.density, ends), reach)
-            return [sources.TaskSource(*task, forms=tuple(options.forms))]
+            return [sources.TaskSource(*task, options.noise, tuple(options.forms))]
         if kind == "text":
             texts = tuple(text(file) for file in matches(what))
             return [sources.TextSource(texts, config.bos_id, weight)]

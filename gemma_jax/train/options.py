@@ -217,6 +217,14 @@ def make_parser() -> ArgumentParser:
         default=["train"],
         help="wordings of the tasks (default: train)",
     )
+    add(
+        group,
+        "--noise",
+        0.0,
+        metavar="P",
+        type=real(0, 1),
+        help="share of the tasks' sequences with random tokens and numbers between the facts",
+    )
     add(group, "--segments", (4, 32), metavar="LOW:HIGH", type=segments, help="of a sequence")
     add(
         group,

@@ -22,6 +22,8 @@ from gemma_jax.train.plan import Ramp
 MOST_QUESTIONS = 64  # of an episode
 SHARE_OF_ITEMS = 0.7  # of a sequence at most; the rest is haystack
 NEAR = 0.25  # share of the questions asked within local attention's reach of their fact
+AT_THE_END = 0.35  # share asked when everything was read, as tests do
+NOISE_BLOCK = 64  # tokens
 ALONE = 0.15  # share of the sequences with one question, among much that is not to be remembered
 SEEDS = 2**31  # of episodes
 TRIES = 16  # to find an episode that is not too long
@@ -103,6 +105,7 @@ class TaskSource:
         name: of the task.
         density: questions for 1,000 tokens, on average, by the length of the sequences.
         reach: tokens that local attention sees exactly.
+        noise: share of the sequences whose haystack is full of what no text looks like.
         forms: wordings of facts and questions, an episode in one of them, as `gemma_jax.tasks.make`
             knows them; likewise `keys`.
     """
@@ -114,6 +117,7 @@ class TaskSource:
     language_weight: float
     density: Ramp
     reach: int
+    noise: float = 0.0
     forms: tuple[str, ...] = ("train",)
     keys: str = "train"
 
@@ -131,6 +135,10 @@ class TaskSource:
     def _tasks(self) -> list[Task]:
         return [tasks.make(self.name, forms=forms, keys=self.keys) for forms in self.forms]
 
+    @functools.cached_property
+    def _digits(self) -> np.ndarray:
+        return np.unique(np.concatenate(self.encode(list("0123456789"))))
+
     def episode(self, seed: int, depths: list[float]) -> Episode:
         """In the wording that the seed has."""
         return self._tasks[seed % len(self.forms)].episode(seed, depths)
@@ -144,19 +152,23 @@ class TaskSource:
         wanted = max(1, round(self.density.at(length) * length / 1000 * rng.uniform(0.5, 1.5)))
         wanted = 1 if rng.uniform() < ALONE else wanted
         spans = -(-wanted // self.most_questions)
+        strange = rng.uniform() < self.noise
         parts: list[tuple[Any, bool]] = [([self.bos_id], False)]
         filled = 1
         for i in range(spans):
             room = (length - filled) // (spans - i)
-            parts += self._span(rng, room, max(1, wanted // spans), last=i == spans - 1)
+            parts += self._span(
+                rng, room, max(1, wanted // spans), last=i == spans - 1, strange=strange
+            )
             filled += room
         ids = _joined([part for part, _ in parts])
         answers = np.repeat([is_answer for _, is_answer in parts], [len(part) for part, _ in parts])
-        weights = np.where(answers, 1.0, self.language_weight).astype(np.float32)
+        language = 0.0 if strange else self.language_weight
+        weights = np.where(answers, 1.0, language).astype(np.float32)
         return Row(ids, weights, answers)
 
     def _span(
-        self, rng: np.random.Generator, length: int, wanted: int, *, last: bool
+        self, rng: np.random.Generator, length: int, wanted: int, *, last: bool, strange: bool
     ) -> list[tuple[Any, bool]]:
         """One episode in exactly `length` tokens: pieces of ids, and whether they are an answer."""
         items = self._that_fit(rng, length, np.sort(rng.uniform(0, 1, wanted)))
@@ -166,6 +178,8 @@ class TaskSource:
         tail = min(int(rng.integers(self.reach // 2 + 1)), room // 4) if last else 0
         places = items.places(rng, room - tail, self.reach)
         hay, starts = _haystack(self.texts).cut(rng, room)
+        if strange:
+            hay = _made_strange(rng, hay, self._digits)
         parts: list[tuple[Any, bool]] = [(items.opening, False)]
         put, done = items.parts, 0
         for i in np.argsort(places, kind="stable"):
@@ -252,11 +266,25 @@ class _Items:
         asked = []
         for question in self._episode.questions:
             known = max((facts[i] for i in question.facts), default=0.0)
-            end = min(room, known + reach) if rng.uniform() < NEAR else room
-            asked.append(rng.uniform(known, end))
+            where = rng.uniform()
+            end = min(room, known + reach) if where < NEAR else room
+            asked.append(room if where > 1.0 - AT_THE_END else rng.uniform(known, end))
         if asked:
             asked[int(rng.integers(len(asked)))] = room
         return np.concatenate([facts, np.array(asked)])
+
+
+def _made_strange(rng: np.random.Generator, hay: np.ndarray, digits: np.ndarray) -> np.ndarray:
+    """Blocks of a haystack in another order, of any tokens, or full of digits.
+
+    Texts that no training has seen must not be written into memory for being strange.
+    """
+    of_any = rng.integers(hay.max(initial=0) + 1, size=len(hay))
+    numbers = np.where(rng.uniform(size=len(hay)) < 0.5, rng.choice(digits, len(hay)), hay)
+    kinds = rng.integers(4, size=-(-len(hay) // NOISE_BLOCK))
+    return np.choose(
+        np.repeat(kinds, NOISE_BLOCK)[: len(hay)], [hay, rng.permutation(hay), of_any, numbers]
+    ).astype(np.int32)
 
 
 def _at_sentence(starts: np.ndarray, place: int, low: int) -> int:
