@@ -9,7 +9,6 @@ on where it was interrupted, and does nothing that is finished again.
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import shlex
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ablation_page
-from benchmarks.ablation_page import VARIANTS, Figure
+from benchmarks.ablation_page import Figure
 from benchmarks.jobs import Job, Machine, alone
+from benchmarks.learners import VARIANTS, Learner, common_options, shape, waves
 from gemma_jax.benchmark import records
 from gemma_jax.errors import GemmaError, UsageError
 from gemma_jax.evaluate.options import several
@@ -94,6 +94,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="cards, as CUDA_VISIBLE_DEVICES names them (default: as it is)",
     )
     group.add_argument(
+        "--data-workers",
+        metavar="N",
+        type=whole(0),
+        help="processes that make the batches of a training (default: by cores)",
+    )
+    group.add_argument(
         "--work",
         metavar="DIR",
         default="checkpoints/ablation",
@@ -126,93 +132,6 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], str]:
         return text
 
     return convert
-
-
-@dataclasses.dataclass(frozen=True)
-class Learner:
-    """A model of the comparison: a rule, trained with a seed."""
-
-    options: argparse.Namespace
-    rule: str
-    seed: int
-
-    @property
-    def label(self) -> str:
-        """Of the rule, in names."""
-        return self.rule if self.rule in VARIANTS else records.slug(self.rule.rpartition(":")[2])
-
-    @property
-    def name(self) -> str:
-        return f"{self.label}-{self.seed}"
-
-    @property
-    def model(self) -> Path:
-        return Path(self.options.work) / "models" / self.name
-
-    @property
-    def answers(self) -> Path:
-        """Where the evaluation is: other questions have another place."""
-        told = hashlib.sha256(json.dumps(self._questions).encode()).hexdigest()[:8]
-        return Path(self.options.work) / "recall" / f"{self.name}-{told}"
-
-    @property
-    def training_options(self) -> list[str]:
-        """Of `gemma_jax.train`."""
-        options = self.options
-        return [
-            *("--recipe", options.recipe),
-            *VARIANTS.get(self.rule, ("--memory", self.rule)),
-            *(["--minutes", str(options.minutes)] if options.minutes else []),
-            *(["--steps", str(options.steps)] if options.steps else []),
-            *("--seed", str(self.seed), "--output", str(self.model), "--resume"),
-        ]
-
-    @property
-    def training(self) -> Job:
-        arguments = ("-m", "gemma_jax.train", *self.training_options)
-        return Job(f"training of {self.name}", arguments, self._log("train"))
-
-    @property
-    def evaluation(self) -> Job:
-        """All texts hold as many facts, whatever their length: questions share haystacks."""
-        arguments = [
-            *("-m", "gemma_jax.evaluate", "--model", str(self.model), *self._questions),
-            *("--output", str(self.answers), "--record", str(self.answers / "recall.json")),
-        ]
-        return Job(f"evaluation of {self.name}", tuple(arguments), self._log("evaluate"))
-
-    @property
-    def is_trained(self) -> bool:
-        return (self.model / "training.json").exists()
-
-    def trained(self) -> dict[str, float]:
-        """Figures of a finished training, by the ends of their names."""
-        from gemma_jax.train import record
-
-        told = json.loads((self.model / "training.json").read_text())
-        found = {"steps": told["steps"], "tokens_read": told["tokens"], "seconds": told["seconds"]}
-        rows = record.read(self.model.with_name(f"{self.name}.training") / "log.csv")
-        last = next((row for row in reversed(rows) if "loss" in row), {})
-        if "answer_accuracy" in last:
-            found["answers"] = last["answer_accuracy"]
-        if written := [value for name, value in last.items() if name.startswith("written_")]:
-            found["written"] = statistics.mean(written)
-        return found
-
-    def recalled(self) -> list[Recall]:
-        """Pooled accuracies of a finished evaluation; none while it is not, or where trials failed."""
-        file = self.answers / "recall.json"
-        found = records.read(file, Recall) if file.exists() else []
-        return [] if any(r.failed for r in found) else [r for r in found if r.depth is None]
-
-    @property
-    def _questions(self) -> list[str]:
-        names = ("task", "lengths", "depths", "questions", "haystacks", "filler", "forms")
-        told = [(f"--{name}", str(getattr(self.options, name))) for name in names]
-        return [*(part for pair in told for part in pair), "--shared", "always"]
-
-    def _log(self, what: str) -> Path:
-        return Path(self.options.work) / "logs" / f"{self.name}.{what}.log"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -271,26 +190,15 @@ def check(options: argparse.Namespace, learners: Sequence[Learner]) -> None:
     if not Path(options.record).absolute().parent.is_dir():
         raise UsageError(f"{options.record} has no directory: choose another --record.")
     for learner in learners:
-        told = train_options.parse(learner.training_options)
-        command.check(told)
-        if told.model:
-            raise UsageError(
-                f"{options.recipe} names a model, whose memory is of one rule: give it --config or"
-                " --preset, for models from scratch."
-            )
-    require_distance(options, told)
+        command.check(train_options.parse(learner.training_options))
+    require_distance(options)
 
 
-def require_distance(options: argparse.Namespace, told: argparse.Namespace) -> None:
+def require_distance(options: argparse.Namespace) -> None:
     """Raises `UsageError` when local attention may know the answers at some length."""
-    from gemma_jax.config import PRESETS
     from gemma_jax.evaluate.haystack import reach
-    from gemma_jax.train.start import read_config
 
-    config = PRESETS[told.preset] if told.preset else read_config(Path(told.config))
-    names = ("segment_length", "local_attention")
-    changes = {name: getattr(told, name) for name in names if getattr(told, name)}
-    within = reach(config.with_memory(**changes))
+    within = reach(shape(options.recipe))
     shortest, depth = several(count)(options.lengths)[0], several(float)(options.depths)[0]
     if shortest * (1 - depth / 100) <= within:
         raise UsageError(
@@ -307,7 +215,7 @@ def keep_settings(file: Path, options: argparse.Namespace) -> None:
     """
     from gemma_jax.train import options as train_options
 
-    told = train_options.parse(Learner(options, "off", 0).training_options)
+    told = train_options.parse(common_options(options))
     own = {*train_options.PER_RUN, "seed", "memory", "write_gate"}
     settings = {name: value for name, value in vars(told).items() if name not in own}
     if told.config:
@@ -331,7 +239,10 @@ def command_of(options: argparse.Namespace) -> str:
     told = ["--recipe", options.recipe]
     for name, value in vars(options).items():
         if name not in (*NOT_RECORDED, "recipe") and value != default[name]:
-            told += [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+            told += [
+                f"--{name.replace('_', '-')}",
+                f"{value:g}" if isinstance(value, float) else str(value),
+            ]
     return shlex.join(["python", "-m", "benchmarks.ablation", *told])
 
 
@@ -361,25 +272,6 @@ def run_all(learners: Sequence[Learner], machine: Machine, console: Console) -> 
     return failed
 
 
-def waves(learners: Sequence[Learner], slots: int) -> list[list[Learner]]:
-    """Trainings that run side by side: whole seeds where there is room for them.
-
-    Minutes are worth less where more trainings share a card, so all waves have as many of them, and
-    every second seed is turned round, for each rule to be on other cards.
-    """
-    seeds = list(dict.fromkeys(learner.seed for learner in learners))
-    own = {seed: [learner for learner in learners if learner.seed == seed] for seed in seeds}
-    ordered = [learner for i, seed in enumerate(seeds) for learner in own[seed][:: 1 - 2 * (i % 2)]]
-    each = len(own[seeds[0]])
-    size = _divisor(each, slots) if each > slots else each * _divisor(len(seeds), slots // each)
-    return [ordered[at : at + size] for at in range(0, len(ordered), size)]
-
-
-def _divisor(number: int, most: int) -> int:
-    """The greatest divisor that is not above `most`."""
-    return max(part for part in range(1, number + 1) if number % part == 0 and part <= most)
-
-
 # --- what came of it ------------------------------------------------------------------------------
 
 
@@ -396,7 +288,7 @@ def finished(options: argparse.Namespace) -> Iterator[Learner]:
 
 def measured(learners: Iterable[Learner], command: str) -> Iterator[Figure]:
     """Figures of each rule, over the seeds of its finished learners."""
-    from gemma_jax.train.options import read_recipe
+    from gemma_jax.train.options import find_recipe, read_recipe
 
     learners = list(learners)
     for rule in dict.fromkeys(learner.label for learner in learners):
@@ -405,7 +297,7 @@ def measured(learners: Iterable[Learner], command: str) -> Iterator[Figure]:
             "rule": rule,
             "command": command,
             "seeds": [learner.seed for learner, _ in found],
-            "recipe": shlex.join(read_recipe(Path(found[0][0].options.recipe))),
+            "recipe": shlex.join(read_recipe(find_recipe(found[0][0].options.recipe))),
             **_stamp([recall for _, recalled in found for recall in recalled]),
         }
         told = [learner.trained() for learner, _ in found]

@@ -5,18 +5,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.learners import VARIANTS
 from gemma_jax.benchmark.records import Record, read
 from gemma_jax.evaluate.heatmap import short
 
-# What is compared, in this order: names, and how `gemma_jax.train` is told.
-VARIANTS = {
-    "off": ("--memory", "off"),
-    "linear": ("--memory", "linear"),
-    "delta": ("--memory", "delta"),
-    "gated_delta_sigmoid": ("--memory", "gated_delta", "--write-gate", "sigmoid"),
-    "gated_delta": ("--memory", "gated_delta", "--write-gate", "hard_sigmoid"),
-    "selective_delta": ("--memory", "selective_delta", "--write-gate", "hard_sigmoid"),
-}
 # What is told of the training: the ends of the figures' names, headings, scales, decimals.
 TRAINED = {
     "steps": ("steps", 1.0, 0),

@@ -16,7 +16,8 @@ from reference import tiny_config
 
 import gemma_jax
 from benchmarks import ablation, ablation_page, jobs
-from benchmarks.ablation_page import VARIANTS, Figure
+from benchmarks.ablation_page import Figure
+from benchmarks.learners import VARIANTS, Learner, waves
 from gemma_jax import demo
 from gemma_jax.benchmark import records
 
@@ -75,7 +76,7 @@ def home(tmp_path_factory):
         "tokens-per-step": 256,
         "density": 10,
         "carry": 0,
-        "data-workers": 0,
+        "write-penalty": 0.1,
         "log-steps": 5,
         "checkpoint-steps": 3,
     }
@@ -90,7 +91,16 @@ def arguments(home, tmp_path):
         *("--recipe", str(home / "recipe.json"), "--steps", str(STEPS)),
         *("--only", "off", "gated_delta", "--seeds", "0", "1"),
         *("--task", "mqar", "--lengths", "256,512", "--depths", "0,50", "--questions", "2"),
-        *("--haystacks", "1", "--jobs", "2", "--work", str(tmp_path / "work")),
+        *(
+            "--haystacks",
+            "1",
+            "--data-workers",
+            "0",
+            "--jobs",
+            "2",
+            "--work",
+            str(tmp_path / "work"),
+        ),
         *("--record", str(tmp_path / "ablation.json")),
     ]
 
@@ -101,7 +111,7 @@ def options(*arguments):
 
 def learners(rules, seeds):
     nothing = argparse.Namespace()
-    return [ablation.Learner(nothing, rule, seed) for seed in range(seeds) for rule in rules]
+    return [Learner(nothing, rule, seed) for seed in range(seeds) for rule in rules]
 
 
 # --- the whole ------------------------------------------------------------------------------------
@@ -182,7 +192,7 @@ def test_a_killed_ablation_goes_on_and_shows_every_rule(arguments, tmp_path, mon
 )
 def test_all_rules_of_a_seed_share_the_cards_with_as_many_others(rules, seeds, slots, size):
     every = learners([f"rule.py:R{i}" for i in range(rules)], seeds)
-    found = ablation.waves(every, slots)
+    found = waves(every, slots)
     assert {len(wave) for wave in found} == {size}
     assert sorted(sum(found, []), key=every.index) == every
     for wave in found if size >= rules else []:
@@ -190,7 +200,7 @@ def test_all_rules_of_a_seed_share_the_cards_with_as_many_others(rules, seeds, s
 
 
 def test_a_rule_is_on_other_cards_with_other_seeds():
-    (wave,) = ablation.waves(learners(list(VARIANTS), 2), 12)
+    (wave,) = waves(learners(list(VARIANTS), 2), 12)
     cards = {(learner.rule, learner.seed): i % 2 for i, learner in enumerate(wave)}
     assert all(cards[rule, 0] != cards[rule, 1] for rule in VARIANTS)
 
@@ -205,8 +215,7 @@ def test_the_recorded_command_is_that_of_the_whole():
 
 def test_other_questions_have_a_place_of_their_own():
     one, same, other = (
-        ablation.Learner(options(*given), "off", 0)
-        for given in (["--jobs", "2"], [], ["--lengths", "8K"])
+        Learner(options(*given), "off", 0) for given in (["--jobs", "2"], [], ["--lengths", "8K"])
     )
     assert one.answers == same.answers != other.answers and same.model == other.model
 
