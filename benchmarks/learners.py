@@ -73,8 +73,9 @@ class Learner:
     @property
     def evaluation(self) -> Job:
         """All texts hold as many facts, whatever their length: questions share haystacks."""
+        own = [] if self.rule in VARIANTS else ["--memory", self.rule]  # checkpoints name no code
         arguments = [
-            *("-m", "gemma_jax.evaluate", "--model", str(self.model), *self._questions),
+            *("-m", "gemma_jax.evaluate", "--model", str(self.model), *own, *self._questions),
             *("--output", str(self.answers), "--record", str(self.answers / "recall.json")),
         ]
         return Job(f"evaluation of {self.name}", tuple(arguments), self._log("evaluate"))

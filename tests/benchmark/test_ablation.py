@@ -20,6 +20,7 @@ from benchmarks.ablation_page import Figure
 from benchmarks.learners import VARIANTS, Learner, waves
 from gemma_jax import demo
 from gemma_jax.benchmark import records
+from gemma_jax.train import options as train_options
 
 ROOT = Path(gemma_jax.__file__).parent.parent
 STEPS = 12
@@ -218,6 +219,26 @@ def test_other_questions_have_a_place_of_their_own():
         Learner(options(*given), "off", 0) for given in (["--jobs", "2"], [], ["--lengths", "8K"])
     )
     assert one.answers == same.answers != other.answers and same.model == other.model
+
+
+def test_a_rule_of_ones_own_is_named_to_every_command(home):
+    (home / "mine.py").write_text("from gemma_jax.model.memory import Delta as MyOwn\n")
+    rule = f"{home / 'mine.py'}:MyOwn"
+    found = Learner(options("--recipe", str(home / "recipe.json")), rule, 3)
+    assert found.name == "myown-3"
+    for job in (found.training, found.evaluation):
+        assert job.arguments[job.arguments.index("--memory") + 1] == rule
+
+
+@pytest.mark.parametrize(
+    "rule, penalised",
+    [("off", False), ("linear", False), ("gated_delta_sigmoid", True), ("selective_delta", True)],
+)
+def test_only_rules_that_count_what_they_write_pay_for_it(home, rule, penalised):
+    found = Learner(options("--recipe", str(home / "recipe.json")), rule, 0)
+    told = train_options.parse(found.training_options)
+    assert told.write_penalty == (0.1 if penalised else 0)
+    assert told.memory == rule.removesuffix("_sigmoid")
 
 
 @pytest.mark.parametrize(
