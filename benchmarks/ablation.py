@@ -48,7 +48,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=variant,
         help=f"of: {', '.join(VARIANTS)}; or your own, as FILE.py:CLASS (default: all of ours)",
     )
-    what.add_argument("--seeds", metavar="S", nargs="+", default=[0, 1, 2], type=whole(0))
+    what.add_argument(
+        "--seeds", metavar="S", nargs="+", default=[0, 1, 2], type=whole(0), help="(default: 0 1 2)"
+    )
     group = parser.add_argument_group("the training")
     group.add_argument(
         "--recipe",
@@ -57,8 +59,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="options of gemma_jax.train (default: %(default)s)",
     )
     budget = group.add_mutually_exclusive_group()
-    budget.add_argument("--minutes", metavar="M", type=number(float)(0, above=True))
-    budget.add_argument("--steps", metavar="N", type=count)
+    positive = number(float)(0, above=True)
+    budget.add_argument("--minutes", metavar="M", type=positive, help="the budget of each")
+    budget.add_argument("--steps", metavar="N", type=count, help="the same in steps")
     group = parser.add_argument_group("what is asked")
     group.add_argument(
         "--task", metavar="A,B", default="mqar,passkey", help="(default: %(default)s)"
@@ -77,9 +80,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=listed(number(float)(0, 100)),
         help="in percent (default: %(default)s)",
     )
-    group.add_argument("--questions", metavar="N", default=16, type=whole(1), help="at each depth")
     group.add_argument(
-        "--haystacks", metavar="N", default=4, type=whole(1), help="texts that they are spread over"
+        "--questions", metavar="N", default=16, type=whole(1), help="at each depth (default: 16)"
+    )
+    group.add_argument(
+        "--haystacks", metavar="N", default=4, type=whole(1), help="spread them (default: 4)"
     )
     group.add_argument("--filler", default="books", help="(default: %(default)s)")
     group.add_argument("--forms", default="classic", help="(default: %(default)s)")

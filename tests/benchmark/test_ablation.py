@@ -221,6 +221,12 @@ def test_other_questions_have_a_place_of_their_own():
     assert one.answers == same.answers != other.answers and same.model == other.model
 
 
+def test_the_recipe_that_is_shipped_fits_every_rule(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = options("--minutes", "3", "--work", str(tmp_path), "--record", str(tmp_path / "a.json"))
+    ablation.check(given, [Learner(given, rule, 0) for rule in VARIANTS])
+
+
 def test_a_rule_of_ones_own_is_named_to_every_command(home):
     (home / "mine.py").write_text("from gemma_jax.model.memory import Delta as MyOwn\n")
     rule = f"{home / 'mine.py'}:MyOwn"
