@@ -36,6 +36,11 @@ SERIES = {
     "gemma_jax, segment form": "prefill_{}_segment",
     "Hugging Face transformers": "hf_prefill_{}",
 }
+OTHERS = (  # pages beside this one
+    "Beside this page: [recall.md](recall.md), what models recall (`gemma_jax.evaluate --record`, then"
+    " `python -m benchmarks.recall`); and ablation.md, memory rules trained alike and compared, all of it by"
+    " `python -m benchmarks.ablation` ([docs/training.md](../docs/training.md#comparing-memory-rules))."
+)
 POWERS = {f"{2**i // 1000}k": 2**i for i in range(10, 24)}
 
 
@@ -59,6 +64,8 @@ def page(records: Iterable[Record], plots: Iterable[str], source: str) -> str:
         "",
         f"Made from `{source}` by `python -m benchmarks.page`; medians, with the lowest and the"
         " highest of the repeats. How to read a name: `gemma_jax/benchmark/records.py`.",
+        "",
+        OTHERS,
         "",
     ]
     lines += [f"![{PLOTS[name][0]} by length of the context]({name}.svg)\n" for name in plots]
