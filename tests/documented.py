@@ -4,9 +4,11 @@ What a command names and a reader brings along (a model, a book) is put in its p
 tiny, budgets are capped, and that is all that is changed.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import re
 import runpy
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.numpy
 
 from gemma_jax import PRESETS, demo
 from gemma_jax.checkpoint import store
@@ -193,6 +196,7 @@ class Belongings:
     @classmethod
     def make(cls, directory: Path) -> "Belongings":
         source = demo.write_hugging_face(directory / demo.NAME)
+        keep_one_layer(source)
         made = directory / "checkpoint"
         config = convert(source, made, dtype="float32").config
         (made / store.CONFIG).write_text(config.with_memory(segment_length=SEGMENT).to_json())
@@ -201,9 +205,8 @@ class Belongings:
 
     @property
     def preset(self) -> Any:
-        """In place of Gemma 2B's shape: one layer of the tiny model."""
-        config = store.read_config(self.checkpoint)
-        return dataclasses.replace(config, name="gemma-2b", layer_types=config.layer_types[:1])
+        """In place of Gemma 2B's shape."""
+        return dataclasses.replace(store.read_config(self.checkpoint), name="gemma-2b")
 
     @property
     def stand_ins(self) -> dict[str, Path | str]:
@@ -231,15 +234,20 @@ TEXTS = (
 )
 
 
-class Desk:
-    """A directory like the repository's, in which one page is worked through.
+def keep_one_layer(directory: Path) -> None:
+    """Removes from a Hugging Face model all layers but the first: what is left compiles faster."""
+    file, config = directory / "model.safetensors", directory / "config.json"
+    tensors = safetensors.numpy.load_file(file)
+    first = re.compile(r"(?!model\.layers\.)|model\.layers\.0\.")
+    kept = {name: tensor for name, tensor in tensors.items() if first.match(name)}
+    safetensors.numpy.save_file(kept, file, metadata={"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
 
-    Attributes:
-        used: the stand-ins that were put there.
-    """
+
+class Desk:
+    """A directory like the repository's, in which one page is worked through."""
 
     def __init__(self, directory: Path, belongings: Belongings, patch: pytest.MonkeyPatch):
-        self.used: set[str] = set()
         self._directory, self._belongings, self._patch = directory, belongings, patch
         self._names: dict[str, Any] = {}  # of the page's Python
         for name in CODE:
@@ -390,7 +398,6 @@ class Desk:
             path = self._directory / name.replace("*", "one")
             if name == making or name not in text or path.exists():
                 continue
-            self.used.add(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content) if isinstance(content, str) else path.symlink_to(content)
 
@@ -447,8 +454,6 @@ def parser_of(
     program: str, arguments: Sequence[str], module: bool, patch: pytest.MonkeyPatch
 ) -> tuple[Any, int | None]:
     """The parser that a program parses these arguments with, or None and its exit code."""
-    import argparse
-
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse(self: Any, *given: Any) -> None:
@@ -464,7 +469,6 @@ def parser_of(
 
 def options_of(program: str, module: bool, arguments: Sequence[str] = ()) -> set[str]:
     """The options that a program knows."""
-    import argparse
 
     def show(self: Any, *given: Any) -> None:
         raise _Parsed(self)

@@ -27,8 +27,6 @@ from documented import (
 import gemma_jax
 
 EVERYWHERE = [*PAGES, *RECORDS]
-# Options of programs that are not ours.
-FOREIGN = set()
 
 
 def name_of(page):
