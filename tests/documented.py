@@ -29,7 +29,8 @@ from gemma_jax.checkpoint.convert import convert
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks" / "README.md"]
 RECORDS = [page for page in sorted(ROOT.glob("benchmarks/*.md")) if page not in PAGES]
-CODE = ("gemma_jax", "tests")  # linked where commands run; other files there are copies
+COPIED = "benchmarks"  # where commands write; other directories are linked where commands run
+NOT_OURS = {"__pycache__", "checkpoints"}  # and what begins with a dot
 SHELLS = ("", "console")  # kinds of blocks that hold commands
 PYTHONS = ("python", "python3", ".venv/bin/python")
 
@@ -250,11 +251,15 @@ class Desk:
     def __init__(self, directory: Path, belongings: Belongings, patch: pytest.MonkeyPatch):
         self._directory, self._belongings, self._patch = directory, belongings, patch
         self._names: dict[str, Any] = {}  # of the page's Python
-        for name in CODE:
-            (directory / name).symlink_to(ROOT / name)
-        for file in (*ROOT.glob("*.py"), *ROOT.glob("*.txt"), *ROOT.glob("*.toml")):
-            shutil.copy(file, directory)
-        shutil.copytree(ROOT / "benchmarks", directory / "benchmarks")
+        for path in ROOT.iterdir():
+            if path.name.startswith(".") or path.name in NOT_OURS:
+                continue
+            if path.is_file():
+                shutil.copy(path, directory)
+            elif path.name == COPIED:
+                shutil.copytree(path, directory / path.name)
+            else:
+                (directory / path.name).symlink_to(path)
         patch.chdir(directory)
         patch.syspath_prepend(str(directory))
         patch.setenv("XDG_CACHE_HOME", str(directory / "cache"))
@@ -484,10 +489,9 @@ def options_of(program: str, module: bool, arguments: Sequence[str] = ()) -> set
 
 def files_of_the_repository() -> dict[str, int]:
     """Every file of the repository but caches, and when it was changed."""
-    left_out = {".git", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis", ".venv"}
     found = {}
     for directory, inside, files in os.walk(ROOT):
-        inside[:] = [name for name in inside if name not in left_out]
+        inside[:] = [name for name in inside if name[0] != "." and name not in NOT_OURS]
         found |= {
             (path := os.path.join(directory, name)): os.stat(path).st_mtime_ns for name in files
         }

@@ -181,7 +181,9 @@ def test_what_a_page_links_to_is_there(page):
 
 @pytest.mark.parametrize("page", EVERYWHERE, ids=name_of)
 def test_files_that_a_page_names_exist(page):
-    for name in re.findall(r"`((?:gemma_jax|tests|benchmarks|docs)/[\w./-]*)`", prose(page)):
+    for name in re.findall(
+        r"(?<![\w/.])(?:gemma_jax|tests|benchmarks|docs)/[\w./-]*\w", prose(page)
+    ):
         assert (ROOT / name).exists(), name
 
 
