@@ -16,6 +16,7 @@ _HOMES = {
     "common_words": "frequencies",
     "frequent_words": "frequencies",
     "mqar": "recall",
+    "copy": "copying",
     **{f"babilong_qa{number}": "babilong" for number in (1, 2, 3, 4, 5)},
 }
 

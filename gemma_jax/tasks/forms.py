@@ -275,6 +275,15 @@ RECALL = {
     ),
 }
 
+COPY = {
+    "classic": Forms(facts=("\n{first} {rest}.",), questions=("\n\n{first}",)),
+    "train": Forms(
+        facts=("\n- {first} {rest}.", " Say {first} {rest}.", "\n{first}, {rest}."),
+        questions=("\n\n- {first}", "\n\nSay {first}", "\n\nAgain: {first},"),
+    ),
+    "held_out": Forms(facts=("\n* {first} {rest}.",), questions=("\n\n* {first}",)),
+}
+
 # Stories are told in bAbI's sentences; only how one asks differs.
 BABILONG = {
     "classic": Forms(facts=(), questions=("\n\n{question} {lead}",)),

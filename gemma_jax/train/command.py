@@ -14,7 +14,7 @@ from gemma_jax.train import options as command_line
 MEMORY_SHARE = "0.94"  # of the device for JAX, which takes three quarters of it by itself
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # no atomics, and no choice of kernels by timing
 SHIPPED = "books"  # in place of a file: the public-domain books that come with the package
-MOST_WORKERS = 4  # each makes more than a million tokens a second
+MOST_WORKERS = 16  # each makes from a hundred thousand tokens (many facts) to millions a second
 CARRIED_ROWS = 32  # memories kept for later sequences
 IDS = "ids"  # what a checkpoint calls the files of tokens that its run reads
 SHAPE = ("model", "preset", "config", "train", "rank", "memory", "segment_length")
@@ -94,7 +94,8 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("--tokenizer is for models from scratch: a checkpoint has its own.")
     for kind, what, _ in options.data:
         if kind == "task":
-            tasks.make(what, forms="train", keys="train")
+            for forms in options.forms:
+                tasks.make(what, forms=forms, keys="train")
         else:
             matches(what)
     only_text = all(kind == "text" for kind, _, _ in options.data)
@@ -147,8 +148,10 @@ def make_data(
     from gemma_jax.text import batch_encoder
     from gemma_jax.train import corpus, sources
     from gemma_jax.train.data import Mixture
+    from gemma_jax.train.plan import Ramp
     from gemma_jax.train.probe import Probe
 
+    ends = tuple(n * config.memory.segment_length for n in options.segments)
     cache, end_id = directory / "ids", (config.eos_ids or (config.bos_id,))[0]
 
     def text(file: Path) -> corpus.Text:
@@ -162,8 +165,8 @@ def make_data(
         if kind == "task":
             hay = tuple(text(file) for file in filler(options))
             encode, reach = batch_encoder(tokenizer), config.memory.reach
-            task = (what, hay, encode, config.bos_id, weight, options.density, reach)
-            return [sources.TaskSource(*task)]
+            task = (what, hay, encode, config.bos_id, weight, Ramp(*options.density, ends), reach)
+            return [sources.TaskSource(*task, forms=tuple(options.forms))]
         if kind == "text":
             texts = tuple(text(file) for file in matches(what))
             return [sources.TextSource(texts, config.bos_id, weight)]
@@ -180,7 +183,7 @@ def make_data(
     for kind, what, weight in options.data:
         some = make(kind, what)
         made += some
-        weights += [weight / len(some)] * len(some)
+        weights += [Ramp(*(each / len(some) for each in weight), ends)] * len(some)
     mixture = Mixture(
         sources=tuple(made),
         weights=tuple(weights),
@@ -224,6 +227,7 @@ def make_run(
     import jax
 
     from gemma_jax.model.adapting import split
+    from gemma_jax.model.memory import make_rule
     from gemma_jax.train.loop import Run
     from gemma_jax.train.plan import Plan
     from gemma_jax.train.saving import Checkpoints
@@ -251,12 +255,17 @@ def make_run(
         accumulate=options.accumulate,
         chunk_tokens=options.chunk_tokens,
         remat=None if options.remat == "nothing" else options.remat,
+        write_penalty=options.write_penalty,
         log_steps=options.log_steps,
         probe_steps=options.probe_steps,
         checkpoint_minutes=options.checkpoint_minutes,
         checkpoint_steps=options.checkpoint_steps,
         stop_minutes=options.stop_after,
     )
+    if plan.write_penalty and "offered" not in make_rule(config).init(1):
+        raise UsageError(
+            f"Memory rule {config.memory.rule} does not count what it writes: leave out --write-penalty."
+        )
     checkpoints = Checkpoints(directory / "checkpoints", options.keep)
     begun_with = {
         name: value for name, value in vars(options).items() if name not in command_line.PER_RUN

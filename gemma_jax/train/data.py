@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from gemma_jax.errors import UsageError
+from gemma_jax.train.plan import Ramp
 
 AHEAD = 4  # batches that wait, beyond one for each process that makes them
 FRESH = -1  # start of a sequence whose memory begins empty
@@ -29,8 +30,8 @@ class Mixture:
     """What a batch is made of. It can be given to other processes.
 
     Attributes:
-        sources: what makes its rows.
-        weights: how often each source does.
+        sources: what makes its rows; one that needs longer sequences waits for them.
+        weights: how often each source does, by the length of the sequences.
         seed: of everything random.
         segment_length: S.
         segments: the fewest and the most segments of a sequence.
@@ -43,7 +44,7 @@ class Mixture:
     """
 
     sources: tuple[Any, ...]
-    weights: tuple[float, ...]
+    weights: tuple[Ramp, ...]
     seed: int
     segment_length: int
     segments: tuple[int, int]
@@ -72,6 +73,14 @@ class Mixture:
         """Sequences of a batch."""
         return self.tokens_per_step // (length * self.parts) * self.parts
 
+    def shares(self, length: int) -> np.ndarray:
+        """Of each source in sequences of this length; those that need longer ones have none."""
+        weights = [
+            weight.at(length) if source.shortest <= length else 0.0
+            for source, weight in zip(self.sources, self.weights, strict=True)
+        ]
+        return np.array(weights) / np.sum(weights)
+
     def check(self) -> None:
         """Raises `UsageError` when a batch cannot be made."""
         lengths = self.lengths
@@ -80,12 +89,13 @@ class Mixture:
                 f"--tokens-per-step is {self.tokens_per_step}, but {self.parts} part(s) with a sequence"
                 f" of {lengths[-1]} tokens need {self.parts * lengths[-1]}: raise it, or lower --segments."
             )
-        shortest = max(source.shortest for source in self.sources)
-        if shortest > lengths[0]:
-            raise UsageError(
-                f"The shortest sequences have {lengths[0]} tokens, and the data need {shortest}: choose"
-                f" --segments from {-(-shortest // self.segment_length)} on."
-            )
+        needed = [source.shortest for source in self.sources]
+        for length, too_long in ((lengths[0], min(needed)), (lengths[-1], max(needed))):
+            if too_long > length:
+                raise UsageError(
+                    f"Some sequences have {length} tokens, and the data need {too_long}: choose"
+                    f" --segments from {-(-too_long // self.segment_length)} on."
+                )
 
 
 @dataclasses.dataclass
@@ -113,7 +123,7 @@ def make_batch(mixture: Mixture, step: int, progress: float) -> HostBatch:
     """The batch of a step, made when this share of the training (0 to 1) was done."""
     length = choose_length(mixture, step, progress)
     rng = np.random.default_rng([mixture.seed, step, ROWS])
-    shares = np.array(mixture.weights) / np.sum(mixture.weights)
+    shares = mixture.shares(length)
     count = mixture.rows(length)
     start = np.full(count, FRESH, np.int32)
     if mixture.carried_rows:

@@ -117,14 +117,16 @@ class Run:
         """
         recalls = [f"{probe.source.name}_{n}" for probe in self._probes for n in probe.lengths]
         self._record = Record(self._directory, self.memory_layers, recalls, self.progress.step)
-        self._began = time.monotonic() - self.progress.seconds
-        stop_at = self._stop_seconds()
+        self._start_clock()
         first = self.progress.step
         with (
             Interruption() as interrupted,
             Feeder(self._mixture, first, self._share, self._workers) as batches,
-            Programs(self._compile, self._lengths()) as self._programs,
+            Programs(self._lower, self._lengths()) as self._programs,
         ):
+            self._programs.wait()
+            self._start_clock()  # what is compiled before the first step is no part of the training's time
+            stop_at = self._stop_seconds()
             self._saved = time.monotonic(), first
             while not self._is_done():
                 if interrupted.by is not None or self._elapsed() >= stop_at:
@@ -148,10 +150,10 @@ class Run:
         first = choose_length(self._mixture, step, self._share(step))
         return sorted(self._mixture.lengths, key=lambda length: (length != first, length))
 
-    def _compile(self, length: int) -> Any:
-        """The step for sequences of a length."""
+    def _lower(self, length: int) -> jax.stages.Lowered:
+        """The step for sequences of a length, to be compiled."""
         rows = self._mixture.rows(length)
-        ids, weights, answers, start, rate = (
+        ids, weights, answers, start, number = (
             jax.ShapeDtypeStruct(shape, dtype)
             for shape, dtype in (
                 ((rows, length), np.int32),
@@ -166,7 +168,7 @@ class Run:
             memories = jax.eval_shape(_begin, self._empty, self.progress.carried, start)
         trained, state, frozen = self._shapes
         batch = Batch(ids, ids, weights, answers)
-        return self._step.lower(trained, state, batch, memories, frozen, rate).compile()
+        return self._step.lower(trained, state, batch, memories, frozen, number, number)
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -180,7 +182,8 @@ class Run:
             jnp.asarray(made.answers),
         )
         memories = _begin(self._empty, progress.carried, made.start) if self._carries else None
-        step = self._programs[made.weights.shape[1]]
+        length = made.weights.shape[1]
+        step = self._programs[length]
         progress.trained, progress.optimizer_state, metrics = step(
             progress.trained,
             progress.optimizer_state,
@@ -188,6 +191,7 @@ class Run:
             memories,
             self.frozen or None,
             np.float32(rate),
+            np.float32(plan.penalty(length, self._mixture.lengths)),
         )
         memories = metrics.pop("memories")
         if self._carries:
@@ -274,6 +278,9 @@ class Run:
         self._saved = time.monotonic(), self.progress.step
 
     # --- how far ----------------------------------------------------------------------------------
+
+    def _start_clock(self) -> None:
+        self._began = time.monotonic() - self.progress.seconds
 
     def _elapsed(self) -> float:
         return time.monotonic() - self._began

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 from gemma_jax.config import DTYPES, LOCAL_ATTENTION_FORMS, PRESETS
 from gemma_jax.errors import InputError
 from gemma_jax.inference.console import ArgumentParser, count, number
+from gemma_jax.tasks.forms import FORMS
 from gemma_jax.train.plan import SCHEDULES
 
+RECIPES = Path(__file__).parent / "recipes"
 KINDS = ("text", "jsonl", "task")
+_NUMBERS = re.compile(r"[-+\d.:e]+", re.IGNORECASE)  # behind `=`; anything else is a file's name
 PER_RUN = (  # options that do not change what is learnt
     "recipe",
     "output",
@@ -48,14 +52,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         import sys
 
         arguments = sys.argv[1:]
-    return parser.parse_args([*(read_recipe(Path(recipe)) if recipe else []), *arguments])
+    return parser.parse_args([*(read_recipe(find_recipe(recipe)) if recipe else []), *arguments])
+
+
+def find_recipe(name: str) -> Path:
+    """The file of that name, or else the recipe that comes with the package."""
+    shipped = RECIPES / f"{name}.toml"
+    return shipped if shipped.is_file() and not Path(name).exists() else Path(name)
 
 
 def read_recipe(path: Path) -> list[str]:
     """The options of a TOML or JSON file, as the command line has them.
 
     Names are those of the options, `learning-rate` or `learning_rate`; `true` stands for an option
-    without a value, a list for one with several.
+    without a value, a list for one with several. A `config` that stands beside the recipe is found.
 
     Raises:
         InputError: the file is missing, or says something else.
@@ -76,6 +86,8 @@ def read_recipe(path: Path) -> list[str]:
             raise InputError(f"The recipe {path} has a table, {name}: options stand alone.")
         if value is False:
             continue
+        if name == "config" and not Path(value).exists() and (path.parent / value).is_file():
+            value = path.parent / value
         values = value if isinstance(value, list) else [] if value is True else [value]
         if option == "--recipe":
             raise InputError(
@@ -85,23 +97,31 @@ def read_recipe(path: Path) -> list[str]:
     return found
 
 
-def source(text: str) -> tuple[str, str, float]:
-    """`KIND:WHAT=WEIGHT`; the weight is 1 where none is given."""
+def source(text: str) -> tuple[str, str, tuple[float, float]]:
+    """`KIND:WHAT=WEIGHT`, where a weight is as `ramp` has it; it is 1 where none is given."""
     kind, colon, rest = text.partition(":")
     if not colon or kind not in KINDS or not rest:
         raise argparse.ArgumentTypeError(
             f"{text!r} names no data: write text:FILE, jsonl:FILE or task:NAME, with =WEIGHT behind it"
         )
     what, equals, weight = rest.rpartition("=")
-    if not equals:
-        return kind, rest, 1.0
+    if not equals or not _NUMBERS.fullmatch(weight):
+        return kind, rest, (1.0, 1.0)
+    if not what:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing before its weight")
+    return kind, what, ramp(weight)
+
+
+def ramp(text: str) -> tuple[float, float]:
+    """`A:B`, a number for the shortest and one for the longest sequences, or one for both."""
+    first, _, last = text.partition(":")
     try:
-        value = float(weight)
+        found = float(first), float(last or first)
     except ValueError:
-        return kind, rest, 1.0
-    if not 0 < value < float("inf") or not what:
-        raise argparse.ArgumentTypeError(f"{text!r} has a weight that is not above 0")
-    return kind, what, value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, nor A:B") from None
+    if not all(0 < value < float("inf") for value in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return found
 
 
 def segments(text: str) -> tuple[int, int]:
@@ -136,7 +156,7 @@ def make_parser() -> ArgumentParser:
         group,
         "--recipe",
         metavar="FILE",
-        help="options in TOML or JSON; the command line goes first",
+        help="options in TOML or JSON, or the name of a shipped one; the command line goes first",
     )
     which = group.add_mutually_exclusive_group()
     add(which, "--model", metavar="DIR", help="a checkpoint to start from")
@@ -171,7 +191,8 @@ def make_parser() -> ArgumentParser:
         metavar="SOURCE",
         nargs="+",
         type=source,
-        help="text:FILE,..., jsonl:FILE or task:NAME, each with =WEIGHT; FILE may have * in it",
+        help="text:FILE,..., jsonl:FILE or task:NAME, each with =WEIGHT (or =A:B, as --density has it);"
+        " FILE may have * in it",
     )
     add(
         group,
@@ -181,7 +202,21 @@ def make_parser() -> ArgumentParser:
         help="hides the tasks' facts (default: the texts)",
     )
     add(group, "--language-weight", 0.1, metavar="W", type=real(0), help="of tokens of no answer")
-    add(group, "--density", 1.0, metavar="Q", type=positive, help="questions in 1,000 tokens")
+    add(
+        group,
+        "--density",
+        (1.0, 1.0),
+        metavar="Q",
+        type=ramp,
+        help="questions in 1,000 tokens; A:B in the shortest and in the longest sequences",
+    )
+    group.add_argument(
+        "--forms",
+        nargs="+",
+        choices=FORMS,
+        default=["train"],
+        help="wordings of the tasks (default: train)",
+    )
     add(group, "--segments", (4, 32), metavar="LOW:HIGH", type=segments, help="of a sequence")
     add(
         group,
@@ -224,6 +259,14 @@ def make_parser() -> ArgumentParser:
     )
     add(group, "--final-rate", 0.1, metavar="P", type=real(0, 1), help="share of them at the end")
     add(group, "--weight-decay", 0.0, metavar="D", type=real(0), help="of matrices, not of memory")
+    add(
+        group,
+        "--write-penalty",
+        0.0,
+        metavar="P",
+        type=real(0),
+        help="on the share of tokens written, in the longest sequences; the shortest have none",
+    )
     add(group, "--clip-norm", 1.0, metavar="N", type=positive, help="of the gradient")
     add(group, "--b1", 0.9, metavar="B", type=real(0, 1), help="of AdamW")
     add(group, "--b2", 0.95, metavar="B", type=real(0, 1), help="of AdamW")

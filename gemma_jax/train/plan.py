@@ -2,8 +2,29 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    """A number that belongs to the length of a sequence, changing by constant factors in between.
+
+    Attributes:
+        shortest, longest: the number where sequences are shortest, and where they are longest.
+        lengths: of these, in tokens.
+    """
+
+    shortest: float
+    longest: float
+    lengths: tuple[int, int]
+
+    def at(self, length: int) -> float:
+        """The number of sequences of this length."""
+        low, high = self.lengths
+        share = math.log(length / low) / math.log(high / low) if high > low else 1.0
+        return self.shortest ** (1.0 - share) * self.longest**share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +37,7 @@ class Plan:
         warmup: steps until they are there.
         schedule: how they fall, over the whole budget, to `final_rate` of it.
         accumulate, chunk_tokens, remat: see `make_train_step`.
+        write_penalty: of the longest sequences, see `penalty`.
         log_steps: of a row of the log.
         probe_steps: between two probes; 0: only at the end.
         checkpoint_minutes, checkpoint_steps: between two checkpoints, whichever comes first.
@@ -37,11 +59,20 @@ class Plan:
     accumulate: int = 1
     chunk_tokens: int | None = None
     remat: str | None = "layers"
+    write_penalty: float = 0.0
     log_steps: int = 10
     probe_steps: int = 0
     checkpoint_minutes: float = 10.0
     checkpoint_steps: int | None = None
     stop_minutes: float | None = None
+
+    def penalty(self, length: int, lengths: Sequence[int]) -> float:
+        """`make_train_step`'s `write_penalty` for sequences of this length.
+
+        None in the shortest, which may be too short to read anything: their gates would only close.
+        """
+        low, high = lengths[0], lengths[-1]
+        return self.write_penalty * ((length - low) / (high - low) if high > low else 1.0)
 
     def rate(self, step: int, done: float) -> float:
         """The learning rate of a step at which this share of the budget is spent."""

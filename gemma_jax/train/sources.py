@@ -17,10 +17,12 @@ from gemma_jax.errors import UsageError
 from gemma_jax.tasks.base import Episode, Task
 from gemma_jax.text import BatchEncoder
 from gemma_jax.train.corpus import Haystack, RecordBook, Records, Text
+from gemma_jax.train.plan import Ramp
 
 MOST_QUESTIONS = 64  # of an episode
 SHARE_OF_ITEMS = 0.7  # of a sequence at most; the rest is haystack
 NEAR = 0.25  # share of the questions asked within local attention's reach of their fact
+ALONE = 0.15  # share of the sequences with one question, among much that is not to be remembered
 SEEDS = 2**31  # of episodes
 TRIES = 16  # to find an episode that is not too long
 
@@ -99,9 +101,10 @@ class TaskSource:
 
     Attributes:
         name: of the task.
-        density: questions for 1,000 tokens, on average.
+        density: questions for 1,000 tokens, on average, by the length of the sequences.
         reach: tokens that local attention sees exactly.
-        forms, keys: which sentence forms and keys the task may use, as `gemma_jax.tasks.make` has it.
+        forms: wordings of facts and questions, an episode in one of them, as `gemma_jax.tasks.make`
+            knows them; likewise `keys`.
     """
 
     name: str
@@ -109,32 +112,37 @@ class TaskSource:
     encode: BatchEncoder
     bos_id: int
     language_weight: float
-    density: float
+    density: Ramp
     reach: int
-    forms: str = "train"
+    forms: tuple[str, ...] = ("train",)
     keys: str = "train"
 
     @property
     def files(self) -> list[str]:
         return [text.ids.name for text in self.texts]
 
-    @property
+    @functools.cached_property
     def shortest(self) -> int:
         """Tokens of a sequence that has room for most questions; sampled."""
         tokens = [_Items(self, seed, [0.0]).tokens for seed in range(TRIES)]
         return 2 + int(np.median(tokens))
 
     @functools.cached_property
-    def task(self) -> Task:
-        return tasks.make(self.name, forms=self.forms, keys=self.keys)
+    def _tasks(self) -> list[Task]:
+        return [tasks.make(self.name, forms=forms, keys=self.keys) for forms in self.forms]
+
+    def episode(self, seed: int, depths: list[float]) -> Episode:
+        """In the wording that the seed has."""
+        return self._tasks[seed % len(self.forms)].episode(seed, depths)
 
     @property
     def most_questions(self) -> int:
         """About one text."""
-        return self.task.most_questions or MOST_QUESTIONS
+        return self._tasks[0].most_questions or MOST_QUESTIONS
 
     def row(self, rng: np.random.Generator, length: int) -> Row:
-        wanted = max(1, round(self.density * length / 1000 * rng.uniform(0.5, 1.5)))
+        wanted = max(1, round(self.density.at(length) * length / 1000 * rng.uniform(0.5, 1.5)))
+        wanted = 1 if rng.uniform() < ALONE else wanted
         spans = -(-wanted // self.most_questions)
         parts: list[tuple[Any, bool]] = [([self.bos_id], False)]
         filled = 1
@@ -218,7 +226,7 @@ class _Items:
     """
 
     def __init__(self, source: TaskSource, seed: int, depths: list[float]):
-        self._episode: Episode = source.task.episode(seed, depths)
+        self._episode: Episode = source.episode(seed, depths)
         facts, asked = self._episode.facts, self._episode.questions
         texts = [self._episode.opening, *(fact.text for fact in facts)]
         texts += [question.text for question in asked]

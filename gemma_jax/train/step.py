@@ -299,12 +299,14 @@ def make_train_step(
     """Makes the jitted step
 
         params, optimizer_state, metrics = step(
-            params, optimizer_state, batch, state=None, frozen=None, rate=1.0)
+            params, optimizer_state, batch, state=None, frozen=None, rate=1.0, write_penalty=0.0)
 
     Parameters (float32) and the optimiser's state (`optimizer.init(params)`) are consumed; `state` is
     as in `batch_loss`, and memories alone with `accumulate` above 1. `frozen` is the rest of a model of
-    which `params` are a part, see `adapting.join`; `rate` multiplies the learning rates. A step whose
-    loss or gradient is not finite changes nothing.
+    which `params` are a part, see `adapting.join`; `rate` multiplies the learning rates. `write_penalty`
+    times the share of the tokens that is written, mean of the layers that count it, is minimised with the
+    loss and no part of the `loss` that is measured. A step whose loss or gradient is not finite changes
+    nothing.
 
     Metrics are scalars: `loss`, and `gradient_norm` before clipping. With `watch` also
 
@@ -323,20 +325,24 @@ def make_train_step(
     """
     options = {"config": config, "step_tokens": step_tokens, "remat": remat}
 
-    def scores(params, frozen, batch, state):
+    def scores(params, frozen, write_penalty, batch, state):
         joined = params if frozen is None else join(frozen, params)
         found, after = score_batch(joined, batch, state, **options)
         finite = jnp.stack([_all_finite(layer) for layer in after.layers])
-        return found.loss, (found, finite, tuple(layer.memory for layer in after.layers))
+        memories = tuple(layer.memory for layer in after.layers)
+        minimised = found.loss
+        if shares := written_shares(config, state, memories):
+            minimised += write_penalty / accumulate * jnp.mean(jnp.stack(shares))
+        return minimised, (found, finite, memories)
 
     slope = jax.grad(scores, has_aux=True)
 
-    def gradient(params, frozen, batch, state):
+    def gradient(params, frozen, write_penalty, batch, state):
         if accumulate == 1:
-            return slope(params, frozen, batch, state)
+            return slope(params, frozen, write_penalty, batch, state)
 
         def add(total, part):
-            found, (scores, *after) = slope(params, frozen, *part)
+            found, (scores, *after) = slope(params, frozen, write_penalty, *part)
             return jax.tree.map(jnp.add, total, (found, scores)), after
 
         zeros = jax.tree.map(jnp.zeros_like, params), Scores(*[jnp.float32(0)] * 4)
@@ -346,9 +352,13 @@ def make_train_step(
         return found, (scores, finite.all(axis=0), memories)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(params, optimizer_state, batch, state=None, frozen=None, rate=1.0):
+    def train_step(
+        params, optimizer_state, batch, state=None, frozen=None, rate=1.0, write_penalty=0.0
+    ):
         batch = batch.replace(weights=_shares(batch.weights))
-        gradients, (scores, finite, memories) = gradient(params, frozen, batch, state)
+        gradients, (scores, finite, memories) = gradient(
+            params, frozen, write_penalty, batch, state
+        )
         norm = optax.global_norm(gradients)
         sound = jnp.isfinite(scores.loss) & jnp.isfinite(norm)
         updates, new_state = optimizer.update(gradients, optimizer_state, params)
@@ -378,21 +388,32 @@ def _watched(scores: Scores, gradients: Params) -> Metrics:
 def _watched_memory(
     config: GemmaConfig, params: Params, before: State | Memories | None, memories: Memories
 ) -> Metrics:
-    rows = jax.tree.leaves(memories)[0].shape[0] if jax.tree.leaves(memories) else 1
-    if not isinstance(before, State):
-        before = start_state(config, rows, before)
+    rows = _rows(memories)
     layers = inspect(params, start_state(config, rows, memories), config=config)
     found: Metrics = {}
     if layers and all("read" in layer for layer in layers.values()):
         found["read"] = jnp.stack([jnp.mean(jnp.abs(layer["read"])) for layer in layers.values()])
-    if layers and all("offered" in layer for layer in layers.values()):
-        shares = [_share_written(before.layers[i].memory, layers[i]) for i in layers]
+    if shares := written_shares(config, before, memories):
         found["written"] = jnp.stack(shares)
     return found
 
 
+def written_shares(
+    config: GemmaConfig, before: State | Memories | None, memories: Memories
+) -> list[Float[Array, ""]]:
+    """Share of the tokens that each layer with memory wrote, of all rows and heads, if it counts them."""
+    if not isinstance(before, State):
+        before = start_state(config, _rows(memories), before)
+    counted = [i for i, memory in enumerate(memories) if "offered" in memory]
+    return [_share_written(before.layers[i].memory, memories[i]) for i in counted]
+
+
+def _rows(memories: Memories) -> int:
+    return jax.tree.leaves(memories)[0].shape[0] if jax.tree.leaves(memories) else 1
+
+
 def _share_written(before: dict[str, Array], after: dict[str, Array]) -> Array:
-    """Of all rows and heads; the memory's own counts go on from text to text."""
+    """The memory's own counts go on from text to text."""
     written, offered = (jnp.sum(after[name] - before[name]) for name in ("written", "offered"))
     return written / jnp.maximum(offered, 1.0)
 

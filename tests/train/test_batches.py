@@ -13,6 +13,7 @@ from gemma_jax.errors import InputError, UsageError
 from gemma_jax.text import batch_encoder
 from gemma_jax.train import command, corpus, sources
 from gemma_jax.train.data import FRESH, Feeder, Mixture, choose_length, make_batch
+from gemma_jax.train.plan import Ramp
 
 BOS = 2
 TASKS = ("passkey", "niah_multikey_1", "niah_multivalue", "variable_tracking", "babilong_qa3")
@@ -21,6 +22,7 @@ TASKS = ("passkey", "niah_multikey_1", "niah_multivalue", "variable_tracking", "
 @pytest.fixture
 def make_task(book, tokenizer):
     def make(name="passkey", density=8.0):
+        density = density if isinstance(density, Ramp) else Ramp(density, density, (512, 2048))
         return sources.TaskSource(name, (book,), batch_encoder(tokenizer), BOS, 0.25, density, 256)
 
     return make
@@ -31,7 +33,7 @@ def mixture(book, make_task):
     text = sources.TextSource((book,), BOS, 0.25)
     return Mixture(
         sources=(text, make_task()),
-        weights=(1.0, 3.0),
+        weights=(Ramp(1.0, 1.0, (512, 2048)), Ramp(3.0, 3.0, (512, 2048))),
         seed=7,
         segment_length=128,
         segments=(4, 16),
@@ -218,6 +220,46 @@ def _offset(ids, both):
 def test_what_cannot_be_made_is_said_before(mixture):
     with pytest.raises(UsageError, match="--tokens-per-step"):
         dataclasses.replace(mixture, tokens_per_step=2047).check()
-    with pytest.raises(UsageError, match="choose --segments from"):
-        dataclasses.replace(mixture, segments=(1, 16)).check()
+    stories = dataclasses.replace(mixture, sources=mixture.sources[1:] * 2)
+    with pytest.raises(UsageError, match="choose --segments from 5 on"):
+        dataclasses.replace(stories, segments=(1, 16), segment_length=32).check()
     mixture.check()
+
+
+def test_what_needs_longer_sequences_waits_for_them(mixture, make_task):
+    stories = dataclasses.replace(
+        mixture, sources=(mixture.sources[0], make_task("babilong_qa3")), segments=(1, 16)
+    )
+    stories.check()
+    assert stories.shares(128).tolist() == [1.0, 0.0] and stories.shares(2048)[1] == 0.75
+    with pytest.raises(UsageError, match="choose --segments from"):
+        dataclasses.replace(stories, segments=(1, 1)).check()
+
+
+def test_weights_and_density_change_by_constant_factors_with_the_length(mixture, make_task):
+    lengths = (512, 2048)
+    growing = dataclasses.replace(mixture, weights=(Ramp(8, 0.5, lengths), Ramp(2, 2, lengths)))
+    np.testing.assert_allclose(growing.shares(512), [0.8, 0.2])
+    np.testing.assert_allclose(growing.shares(1024), [0.5, 0.5])
+    np.testing.assert_allclose(growing.shares(2048), [0.2, 0.8])
+    assert Ramp(3, 7, (512, 512)).at(512) == 7
+    source = make_task(density=Ramp(20.0, 2.0, lengths))
+
+    def questions(length):
+        rows = [source.row(np.random.default_rng(seed), length) for seed in range(40)]
+        return [int(np.sum(np.diff(row.answers.astype(int)) == 1)) for row in rows]
+
+    assert 5 < np.mean(questions(512)) < 12 and 2.5 < np.mean(questions(2048)) < 5
+    assert questions(2048).count(1) >= 2  # some have a single one
+
+
+def test_facts_are_worded_in_all_the_forms_that_are_named(make_task, tokenizer):
+    classic = "special magic"
+
+    def worded(forms):
+        source = dataclasses.replace(make_task("niah_single_2"), forms=forms)
+        rows = [source.row(np.random.default_rng(seed), 600).ids for seed in range(8)]
+        return {f"{classic} number for" in tokenizer.decode(ids) for ids in rows}
+
+    assert worded(("train",)) == {False} and worded(("classic",)) == {True}
+    assert worded(("train", "classic")) == {True, False}
