@@ -39,6 +39,8 @@ NOT_RUN = {
     "-m venv ": "makes an environment: .ci/run does, with this very command",
     "pip install ": "downloads packages: .ci/run does, with this very command",
     "-m pytest ": "tests",
+    "-m gemma_jax.demo": "takes a minute: tests/demo runs it",
+    "-m benchmarks.ablation ": "trains many models: tests/benchmark/test_ablation.py trains few",
     " --peer ": "needs torch",
     " --verify": "needs torch",
 }
@@ -211,7 +213,10 @@ class Belongings:
 
     @property
     def stand_ins(self) -> dict[str, Path | str]:
-        """What lies at each place: a link to a directory, or a file of this content."""
+        """What lies at each place: a link to a directory, or a file of this content.
+
+        Other names of texts are stood in for as well.
+        """
         return {
             "CHECKPOINT": self.checkpoint,
             "HF_DIRECTORY": self.huggingface,
@@ -220,19 +225,7 @@ class Belongings:
             "questions.jsonl": QUESTIONS,
             "small.json": self.preset.with_memory(rule="gated_delta").to_json(),
             "books/*.txt": TEXT,
-            **dict.fromkeys(TEXTS, TEXT),
         }
-
-
-TEXTS = (
-    "book.txt",
-    "letters.txt",
-    "library.txt",
-    "long.txt",
-    "moby-dick.txt",
-    "kjv.txt",
-    "first-20000.txt",
-)
 
 
 def keep_one_layer(directory: Path) -> None:
@@ -281,8 +274,10 @@ class Desk:
                 self.run(command)
         elif block.kind == "python":
             self._execute(block, given)
-        elif block.kind in ("toml", "json"):
-            self._write(block, r"# (\S+)")
+        elif block.kind == "toml":  # its first line may say behind its name what is done with it
+            self._write(block, r"# ([\w.]+)")
+            for command in commands(block.text.splitlines()[0].partition(": ")[2]):
+                self.run(command)
         elif block.kind != "text":
             raise ValueError(f"blocks of {block.kind} are not understood")
         elif any(line.split()[:1] == ["python"] for line in block.text.splitlines()):
@@ -399,7 +394,8 @@ class Desk:
         return made
 
     def _put_what_is_named(self, text: str, making: str) -> None:
-        for name, content in self._belongings.stand_ins.items():
+        texts = dict.fromkeys(re.findall(r"(?<![\w/*.-])[\w-]+\.txt\b", text), TEXT)
+        for name, content in (self._belongings.stand_ins | texts).items():
             path = self._directory / name.replace("*", "one")
             if name == making or name not in text or path.exists():
                 continue
