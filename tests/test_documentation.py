@@ -7,20 +7,8 @@ import re
 import compiling
 import numpy as np
 import pytest
-from documented import (
-    PAGES,
-    RECORDS,
-    ROOT,
-    Belongings,
-    Block,
-    Desk,
-    blocks,
-    cap,
-    commands,
-    files_of_the_repository,
-    options_of,
-    prose,
-)
+from desk import Belongings, Desk, cap, files_of_the_repository, options_of
+from documented import PAGES, RECORDS, ROOT, Block, blocks, commands, prose
 
 import gemma_jax
 
