@@ -3,9 +3,8 @@
 import dataclasses
 import random
 
-import jax
+import compiling
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from reference import tiny_config
 from teaching import add_digits
 
@@ -34,20 +33,9 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(compiled):
-    """What is compiled once is kept for all tests of training; it need not run fast."""
-    inside = {
-        "jax_enable_compilation_cache": True,
-        "jax_compilation_cache_dir": str(compiled),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in inside}
-    for settings in (inside, before):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if settings is inside:
-            yield
+    """What is compiled once is kept for all tests of training."""
+    with compiling.quick_compilation(compiled):
+        yield
 
 
 @pytest.fixture(autouse=True)
