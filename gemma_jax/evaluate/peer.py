@@ -116,7 +116,7 @@ class Peer:
         self._send({"begin": True})
         held: list[int] = []
         for ids in text:
-            held += ids
+            held += map(int, ids)  # numbers of the text's arrays are no JSON
             while len(held) >= CHUNK_TOKENS:
                 self._send({"read": held[:CHUNK_TOKENS]})
                 del held[:CHUNK_TOKENS]

@@ -13,11 +13,15 @@ import dataclasses
 import itertools
 import math
 import random
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
 
 from gemma_jax.errors import InputError, UsageError
 
 EncodeBatch = Callable[[Sequence[str]], list[list[int]]]
+Encoded = tuple[np.ndarray, np.ndarray]  # ids [T] int32; where pieces end in them [pieces + 1]
 
 FIRST_PIECES, BATCH_PIECES = 32, 1024  # pieces of filler tokenised at once: few at first, then more
 
@@ -28,6 +32,41 @@ class Piece:
 
     text: str  # begins with its separator
     fresh: bool = True  # not shown before in this episode
+
+
+class Sheet:
+    """Pieces of filler that many episodes show; the ids that one tokenizer gave them are kept."""
+
+    def __init__(self) -> None:
+        self._encoder: weakref.ref[EncodeBatch] | None = None
+        self._encoded: Encoded | None = None
+
+    def texts(self) -> Sequence[str]:
+        """What the pieces say, each with its separator."""
+        raise NotImplementedError
+
+    def encoded(self, encode_batch: EncodeBatch) -> Encoded:
+        """All of the pieces in ids."""
+        if self._encoder is None or self._encoder() is not encode_batch:
+            self._encoded = joined(encode_batch(self.texts()))
+            self._encoder = weakref.ref(encode_batch)
+        return self._encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Pieces of a sheet that are shown one after the other, from number `first` to before `last`."""
+
+    sheet: Sheet
+    first: int
+    last: int
+    fresh: bool = True  # as of a piece
+
+    def encoded(self, encode_batch: EncodeBatch) -> Encoded:
+        """The pieces in ids."""
+        ids, ends = self.sheet.encoded(encode_batch)
+        ends = ends[self.first : self.last + 1]
+        return ids[ends[0] : ends[-1]], ends - ends[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +128,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def filler(self, episode: Episode, books: Iterable[str]) -> Iterator[Piece]:
+    def filler(self, episode: Episode, books: Iterable[str]) -> Iterator[Piece | Run]:
         """What stands around the facts, without end; `books` are paths of texts to take it from."""
         raise NotImplementedError
 
@@ -169,11 +208,20 @@ class Composition:
     """
 
     def __init__(
-        self, episode: Episode, filler: Iterator[Piece], tokens: int, encode_batch: EncodeBatch
+        self,
+        episode: Episode,
+        filler: Iterator[Piece | Run],
+        tokens: int,
+        encode_batch: EncodeBatch,
     ):
-        """Raises `UsageError` when the facts alone are longer than `tokens`."""
-        self._opening, *self._facts = encode_batch(
-            [episode.opening, *(fact.text for fact in episode.facts)]
+        """What is given the same `encode_batch`, the same object, shares the ids of books.
+
+        Raises:
+            UsageError: the facts alone are longer than `tokens`.
+        """
+        self._opening, *self._facts = (
+            np.asarray(ids, np.int32)
+            for ids in encode_batch([episode.opening, *(fact.text for fact in episode.facts)])
         )
         self._episode, self._filler, self._encode = episode, filler, encode_batch
         self._room = tokens - len(self._opening) - sum(map(len, self._facts))
@@ -185,34 +233,72 @@ class Composition:
         self.tokens = self.repeated_tokens = 0
         self.ends: list[int] = []
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[np.ndarray]:
         self.tokens = len(self._opening)
         yield self._opening
         filled = 0
-        for piece, ids in self._encoded():
-            if filled + len(ids) > self._room:
+        for fresh, (ids, ends) in self._encoded():
+            fits = int(np.searchsorted(ends, self._room - filled, side="right"))
+            ends = ends[:fits]
+            yield from self._with_facts(ids, ends, filled)
+            taken = int(ends[-1])
+            filled += taken
+            self.repeated_tokens += 0 if fresh else taken
+            if taken < len(ids):
                 break
-            yield from self._facts_before(filled / self._room)
-            filled += len(ids)
-            self.tokens += len(ids)
-            self.repeated_tokens += 0 if piece.fresh else len(ids)
-            yield ids
         else:
             raise InputError("The haystack's filler ended: it must be without end.")
         yield from self._facts_before(math.inf)
 
-    def _facts_before(self, depth: float) -> Iterator[list[int]]:
+    def _with_facts(self, ids: np.ndarray, ends: np.ndarray, filled: int) -> Iterator[np.ndarray]:
+        """Pieces of filler, `filled` tokens of which were before, and the facts that stand between."""
+        given = 0
+        facts = self._episode.facts
+        while len(ends) > 1 and len(self.ends) < len(facts):
+            depth = facts[len(self.ends)].depth
+            if depth > (filled + int(ends[-2])) / self._room:
+                break
+            shares = (filled + ends[:-1]) / self._room  # that stand before each piece
+            place = int(ends[np.searchsorted(shares, depth)])
+            if place > given:
+                yield self._count(ids[given:place])
+                given = place
+            yield from self._facts_before((filled + place) / self._room)
+        if ends[-1] > given:
+            yield self._count(ids[given : ends[-1]])
+
+    def _facts_before(self, depth: float) -> Iterator[np.ndarray]:
         facts = self._episode.facts
         while len(self.ends) < len(facts) and facts[len(self.ends)].depth <= depth:
-            ids = self._facts[len(self.ends)]
-            self.tokens += len(ids)
+            ids = self._count(self._facts[len(self.ends)])
             self.ends.append(self.tokens)
             yield ids
 
-    def _encoded(self) -> Iterator[tuple[Piece, list[int]]]:
+    def _count(self, ids: np.ndarray) -> np.ndarray:
+        self.tokens += len(ids)
+        return ids
+
+    def _encoded(self) -> Iterator[tuple[bool, Encoded]]:
+        """Pieces of filler that are all fresh, or all not."""
+        for kind, some in itertools.groupby(self._filler, type):
+            if kind is Run:
+                yield from ((run.fresh, run.encoded(self._encode)) for run in some)
+            else:
+                yield from self._encoded_pieces(some)
+
+    def _encoded_pieces(self, filler: Iterator[Piece]) -> Iterator[tuple[bool, Encoded]]:
         size = FIRST_PIECES  # a short text needs few
-        while pieces := list(itertools.islice(self._filler, size)):
+        while pieces := list(itertools.islice(filler, size)):
             size = min(2 * size, BATCH_PIECES)
             texts = list(dict.fromkeys(piece.text for piece in pieces))  # filler may repeat itself
             ids = dict(zip(texts, self._encode(texts), strict=True))
-            yield from ((piece, ids[piece.text]) for piece in pieces)
+            for fresh, some in itertools.groupby(pieces, lambda piece: piece.fresh):
+                yield fresh, joined([ids[piece.text] for piece in some])
+
+
+def joined(pieces: Sequence[Sequence[int]]) -> Encoded:
+    """Ids of pieces one after the other, and where each ends."""
+    ends = np.zeros(len(pieces) + 1, np.int64)
+    np.cumsum([len(ids) for ids in pieces], out=ends[1:])
+    ids = np.fromiter(itertools.chain.from_iterable(pieces), np.int32, int(ends[-1]))
+    return ids, ends

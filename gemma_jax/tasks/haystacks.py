@@ -1,11 +1,11 @@
 """What facts are hidden in: the sentences of books, or a few sentences that repeat without end.
 
 Books are read as a stream, a block at a time, from a place that the seed decides, and begin again
-only when all of them were shown. A file whose name ends in `.xz` is decompressed on the way.
+only when all of them were shown. A file whose name ends in `.xz` is decompressed on the way. Books for
+which there is room are kept in memory, cut and tokenised.
 """
 
 import codecs
-import functools
 import io
 import itertools
 import lzma
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gemma_jax.errors import InputError, UsageError
-from gemma_jax.tasks.base import Piece
+from gemma_jax.tasks import cutting, shelf
+from gemma_jax.tasks.base import Piece, Run, Sheet
 
 SPLITS = ("train", "held_out")
 GRASS = (
@@ -28,25 +29,12 @@ GRASS = (
 )
 
 _BOOKS = Path(__file__).parent / "books"
-_BLOCK_BYTES = 65_536
-_SHORTEST, _LONGEST = 40, 400  # characters of a piece, where the text leaves a choice
-_PARAGRAPH_END = re.compile(r"(?<=\S)(?=[^\S\n]*\n\s*\n)")
-# A sentence; failing that, what is left of its paragraph; else up to a space; else a bare cut.
-_PIECE = re.compile(
-    rf"""\s*\S(?:
-        .{{{_SHORTEST - 1},{_LONGEST - 1}}}?[.!?]["'’”)\]]*(?=\s)
-        | .{{0,{_LONGEST - 1}}}\Z
-        | .{{0,{_LONGEST - 1}}}(?=\s)
-        | .{{0,{_LONGEST - 1}}}
-    )""",
-    re.VERBOSE | re.DOTALL,
-)
 _START = re.compile(rb"""\n(?=\s*\n)|[.!?]["')\]]*(?=\s)""")
 
 
-def stream(kind: str, books: Iterable[str], seed: str) -> Iterator[Piece]:
+def stream(kind: str, books: Iterable[str], seed: str) -> Iterator[Piece | Run]:
     """The haystack of that name: `grass` or `books`."""
-    return grass() if kind == "grass" else sentences(books, seed)
+    return grass() if kind == "grass" else runs(books, seed)
 
 
 def shipped(split: str) -> tuple[str, ...]:
@@ -78,6 +66,15 @@ def sentences(books: Iterable[str], seed: str) -> Iterator[Piece]:
     Raises:
         InputError: as `check` does, when a bad file or a bad place in it is reached.
     """
+    for item in runs(books, seed):
+        if isinstance(item, Run):
+            yield from (Piece(t, item.fresh) for t in item.sheet.texts()[item.first : item.last])
+        else:
+            yield item
+
+
+def runs(books: Iterable[str], seed: str) -> Iterator[Piece | Run]:
+    """The same pieces as `sentences`, many at a time where a book is kept in memory."""
     rng = random.Random(seed)
     order = _listed(books)
     rng.shuffle(order)
@@ -90,18 +87,36 @@ def sentences(books: Iterable[str], seed: str) -> Iterator[Piece]:
     for fresh in itertools.chain([True], itertools.repeat(False)):
         shown = False
         for part in parts:
-            for text in _pieces(_text(*part)):
+            for item in _part(*part, fresh):
                 shown = True
-                yield Piece(text if text[0].isspace() else f"\n\n{text}", fresh)
+                yield item
         if not shown:
             raise InputError(f"{', '.join(order)} has no text: name a file that has some.")
 
 
-def grass() -> Iterator[Piece]:
+def grass() -> Iterator[Run]:
     """The few sentences of the classic haystack, without end."""
-    for fresh in itertools.chain([True], itertools.repeat(False)):
-        for text in GRASS:
-            yield Piece(text, fresh)
+    once = len(GRASS)
+    yield Run(_MEADOW, 0, once)
+    while True:
+        yield Run(_MEADOW, once, once * _ROUNDS, fresh=False)
+
+
+class _Meadow(Sheet):
+    def texts(self) -> tuple[str, ...]:
+        return GRASS * _ROUNDS
+
+
+_ROUNDS = 100  # of grass, that are shown together
+_MEADOW = _Meadow()
+
+
+def _part(book: str, start: int, end: int | None, fresh: bool) -> Iterator[Piece | Run]:
+    if kept := shelf.kept(book):
+        yield from kept.runs(start, end, fresh)
+    else:
+        for text in cutting.pieces(_text(book, start, end)):
+            yield Piece(cutting.separated(text), fresh)
 
 
 def _listed(books: Iterable[str]) -> list[str]:
@@ -112,15 +127,9 @@ def _listed(books: Iterable[str]) -> list[str]:
 
 
 def _open(book: str) -> BinaryIO:
-    if not book.endswith(".xz"):
-        return open(book, "rb")
-    # Many short texts begin at many places of the same books.
-    return io.BytesIO(_unpacked(book)) if _BOOKS in Path(book).parents else lzma.open(book)
-
-
-@functools.cache
-def _unpacked(shipped_book: str) -> bytes:
-    return lzma.decompress(Path(shipped_book).read_bytes())
+    if kept := shelf.kept(book):
+        return io.BytesIO(kept.raw)
+    return lzma.open(book) if book.endswith(".xz") else open(book, "rb")
 
 
 def _start(book: str, rng: random.Random) -> int:
@@ -128,7 +137,7 @@ def _start(book: str, rng: random.Random) -> int:
     try:
         with _open(book) as file:
             offset = file.seek(rng.randrange(max(1, file.seek(0, io.SEEK_END))))
-            block = file.read(_BLOCK_BYTES)
+            block = file.read(shelf.BLOCK_BYTES)
     except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
         raise _unreadable(book, error) from error
     found = _START.search(block) or re.search(rb"(?=\s)", block)
@@ -143,7 +152,9 @@ def _text(book: str, start: int, end: int | None) -> Iterator[str]:
         with _open(book) as file:
             file.seek(start)
             while offset != end:
-                data = file.read(_BLOCK_BYTES if end is None else min(_BLOCK_BYTES, end - offset))
+                data = file.read(
+                    shelf.BLOCK_BYTES if end is None else min(shelf.BLOCK_BYTES, end - offset)
+                )
                 text = decoder.decode(data, final=not data)
                 yield text if offset else text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
                 if not data:
@@ -151,7 +162,7 @@ def _text(book: str, start: int, end: int | None) -> Iterator[str]:
                 offset += len(data)
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{book} is not UTF-8 in its {_BLOCK_BYTES:,} bytes from {offset:,}: convert it to UTF-8."
+            f"{book} is not UTF-8 in its {shelf.BLOCK_BYTES:,} bytes from {offset:,}: convert it to UTF-8."
         ) from error
     except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
         raise _unreadable(book, error) from error
@@ -160,27 +171,3 @@ def _text(book: str, start: int, end: int | None) -> Iterator[str]:
 def _unreadable(book: str, error: Exception) -> InputError:
     reason = getattr(error, "strerror", None) or str(error)
     return InputError(f"{book} cannot be read ({reason}): name a text file.")
-
-
-def _pieces(blocks: Iterable[str]) -> Iterator[str]:
-    """Cuts a text; the last piece of what was read is held until it is known where it ends."""
-    held = ""
-    for block in blocks:
-        *pieces, held = _cut(held + block)
-        yield from pieces
-    if held := held.rstrip():
-        yield held
-
-
-def _cut(text: str) -> list[str]:
-    """Pieces that join to the text, but for white space beyond any reason; the last may go on."""
-    body = text.rstrip()
-    paragraphs = _PARAGRAPH_END.split(body)
-    pieces = [_trim(piece) for paragraph in paragraphs for piece in _PIECE.findall(paragraph)]
-    blank = text[len(body) :][:_LONGEST]
-    return [*pieces[:-1], "".join([*pieces[-1:], blank])]
-
-
-def _trim(piece: str) -> str:
-    blank = len(piece) - len(piece.lstrip())
-    return piece[max(0, blank - _LONGEST) :]
