@@ -120,6 +120,7 @@ def check(options: argparse.Namespace) -> Subject:
         seed=options.seed,
         books=books,
         rows=options.batch_size,
+        beside=planning.side_by_side(config, options.batch_size),
     )
     grid = planning.plan(wanted, functools.partial(encode_batch, tokenizer), config.bos_id)
     model = Path(options.model) / store.MANIFEST if options.model else None
@@ -248,7 +249,9 @@ def run_ours(subject: Subject, journal: Journal, console: Any, within: int) -> N
 
     model = load_model(subject)
     models = {"ours": model, "off": without_memory(model)}
-    readers = {name: Reader(models[name], grid.rows, grid.question_tokens) for name in names}
+    readers = {
+        name: Reader(models[name], grid.rows, grid.question_tokens, grid.beside) for name in names
+    }
     import jax
 
     with jax.default_matmul_precision(

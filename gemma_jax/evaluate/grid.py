@@ -133,14 +133,16 @@ def run_group(
     pending = list(batches)
     try:
         texts = {haystack.name: grid.text(haystack) for haystack in group.haystacks}
-        start = time.perf_counter()
-        state = reader.read(list(texts.values()), 1 if group.shared else reader.rows, clock.advance)
+        order, start = list(texts), time.perf_counter()
+        rows = reader.beside if group.shared else reader.rows
+        state = reader.read(list(texts.values()), rows, clock.advance)
         read_seconds, answer_seconds, answer_tokens = time.perf_counter() - start, 0.0, 0
         while pending:
             batch, start = pending[0], time.perf_counter()
             asked = [haystack.asked[number] for haystack, number in batch]
+            read_in = [order.index(haystack.name) for haystack, _ in batch]
             answers = reader.answer(
-                reader.fork(state) if group.shared else state,
+                reader.fork(state, read_in) if group.shared else state,
                 [each.ids for each in asked],
                 [each.limit for each in asked],
             )

@@ -73,7 +73,7 @@ class Peer:
         device: what it runs on, once it was started.
     """
 
-    rows = 1
+    rows = beside = 1
 
     def __init__(self, directory: str, tokenizer: Any, stops: Sequence[int]):
         self._directory, self._tokenizer, self._stops = directory, tokenizer, tuple(stops)
@@ -128,7 +128,7 @@ class Peer:
             on_tokens(len(held))
         return False
 
-    def fork(self, keep: bool) -> bool:
+    def fork(self, keep: bool, read_in: Sequence[int] = ()) -> bool:
         """What was read is kept for another question."""
         return True
 

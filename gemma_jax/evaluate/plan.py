@@ -9,6 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 
+from gemma_jax.config import GemmaConfig
 from gemma_jax.errors import UsageError
 from gemma_jax.evaluate.haystack import Haystack, Text, ask
 from gemma_jax.tasks.base import EncodeBatch, Task
@@ -16,6 +17,9 @@ from gemma_jax.tasks.base import EncodeBatch, Task
 SHARED_FROM = 100_000  # tokens; from here on one haystack is read for many questions
 QUESTION_MULTIPLE = 16  # questions are padded to one length for the whole grid
 SHARED = ("auto", "always", "never")
+# Weights (layers * D * M) up to which shared haystacks are read side by side: a row of a larger model
+# keeps a GPU busy, and its State is large.
+BUSY_WEIGHTS = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Options:
         questions: questions per cell where haystacks are shared.
         haystacks: over which these are spread, per task and length.
         books: paths of texts to make filler of.
-        rows: haystacks, or questions about one, that are worked on together at most.
+        rows: haystacks with a question each, or questions, that are worked on together at most.
+        beside: shared haystacks that are read together at most.
     """
 
     tasks: tuple[Task, ...]
@@ -41,11 +46,13 @@ class Options:
     seed: int
     books: tuple[str, ...]
     rows: int
+    beside: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Haystacks read together: `rows` of them with a question each, or a single shared one."""
+    """Haystacks of one task and length read together: `rows` of them with a question each, or `beside`
+    shared ones."""
 
     haystacks: tuple[Haystack, ...]
     shared: bool
@@ -62,6 +69,7 @@ class Grid:
 
     groups: tuple[Group, ...]
     rows: int  # worked on together
+    beside: int  # shared haystacks read together
     question_tokens: int  # of the longest question, rounded up
     encode_batch: EncodeBatch = dataclasses.field(repr=False)
     books: tuple[str, ...]
@@ -87,18 +95,16 @@ def plan(options: Options, encode_batch: EncodeBatch, bos_id: int) -> Grid:
             f"--haystacks {options.haystacks} cannot share {options.questions} questions: choose"
             " more --questions or fewer --haystacks."
         )
-    rows = max(balanced(count, options.rows) for count in counts(options))
+    beside = balanced(options.haystacks, min(options.beside, options.rows))
+    rows = max(balanced(count, options.rows) for count in counts(options, beside))
     groups: list[Group] = []
     for length, task in itertools.product(options.lengths, options.tasks):
         if is_shared(options, task, length):
-            found = shared(options, task, length, encode_batch)
-            groups += [Group((haystack,), shared=True) for haystack in found]
+            found = list(shared(options, task, length, encode_batch))
+            groups += grouped(found, beside, shared=True)
         else:
             found = list(alone(options, task, length, encode_batch))
-            groups += [
-                Group(tuple(found[at : at + rows]), shared=False)
-                for at in range(0, len(found), rows)
-            ]
+            groups += grouped(found, rows, shared=False)
     longest = max(
         len(asked.ids)
         for group in groups
@@ -106,7 +112,7 @@ def plan(options: Options, encode_batch: EncodeBatch, bos_id: int) -> Grid:
         for asked in haystack.asked
     )
     padded = -(-longest // QUESTION_MULTIPLE) * QUESTION_MULTIPLE
-    grid = Grid(tuple(groups), rows, padded, encode_batch, options.books, bos_id)
+    grid = Grid(tuple(groups), rows, beside, padded, encode_batch, options.books, bos_id)
     for haystack in grid.haystacks:
         try:
             grid.text(haystack)
@@ -117,9 +123,21 @@ def plan(options: Options, encode_batch: EncodeBatch, bos_id: int) -> Grid:
     return grid
 
 
-def counts(options: Options) -> set[int]:
-    """Of texts, or of questions about one, that wait to be worked on together."""
-    each = -(-options.questions // options.haystacks)
+def side_by_side(config: GemmaConfig, most: int) -> int:
+    """Rows, at most `most`, in which a model best reads shared haystacks."""
+    weights = config.num_layers * config.width * config.mlp_dim
+    return min(most, max(BUSY_WEIGHTS // weights, 1))
+
+
+def grouped(haystacks: Sequence[Haystack], size: int, *, shared: bool) -> Iterator[Group]:
+    """Groups of at most `size`."""
+    for at in range(0, len(haystacks), size):
+        yield Group(tuple(haystacks[at : at + size]), shared)
+
+
+def counts(options: Options, beside: int) -> set[int]:
+    """Of texts, or of questions about those read together, that wait to be worked on together."""
+    each = -(-options.questions // options.haystacks) * beside
     return {
         len(options.depths) * (each if is_shared(options, task, length) else options.trials)
         for length, task in itertools.product(options.lengths, options.tasks)

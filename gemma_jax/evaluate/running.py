@@ -1,12 +1,11 @@
 """Reading haystacks and answering questions about them, in a few compiled shapes.
 
-All of a grid takes the same programs: haystacks are read in pieces [rows, chunk] (a shared one in
-[1, chunk]), questions are padded to one length and asked [rows] at a time, and answers are written in
+All of a grid takes the same programs: haystacks are read in pieces [rows, chunk] (shared ones in
+[beside, chunk]), questions are padded to one length and asked [rows] at a time, and answers are written in
 blocks. Rows are right-padded; each has its own length.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -34,11 +33,13 @@ class Reader:
 
     Attributes:
         question_tokens: all questions are padded to so many.
+        beside: shared haystacks that are read at a time.
     """
 
     model: Any
     rows: int
     question_tokens: int
+    beside: int = 1
 
     def read(
         self, texts: Sequence[Iterable[Sequence[int]]], rows: int, on_tokens: OnTokens
@@ -138,15 +139,18 @@ class Reader:
         start = time.perf_counter()
         bos = self.model.config.bos_id
         for is_shared in set(shared):
-            rows = 1 if is_shared else self.rows
+            rows = self.beside if is_shared else self.rows
             state = self.read([[[bos, bos]]], rows, lambda count: None)
             state = self.fork(state) if is_shared else state
             self.answer(state, [[bos]], [1])
         return time.perf_counter() - start
 
-    def fork(self, state: State) -> State:
-        """The State of one shared haystack for each row; the given one stays as it is."""
-        return fork(state, self.rows)
+    def fork(self, state: State, read_in: Sequence[int] = ()) -> State:
+        """A State for each question's row: that of the shared haystack which was read in the row that
+        `read_in` names (the first by default). The given State stays as it is."""
+        sources = np.zeros(self.rows, np.int32)
+        sources[: len(read_in)] = read_in
+        return fork(state, sources)
 
 
 def chunk_tokens(config: GemmaConfig, rows: int) -> int:
@@ -171,10 +175,10 @@ def side_by_side(
         yield pieces, lengths
 
 
-@functools.partial(jax.jit, static_argnames=("rows",))
-def fork(state: State, rows: int) -> State:
-    """`rows` copies of a State of one row, which stays as it is."""
-    return jax.tree.map(lambda leaf: jnp.repeat(leaf, rows, axis=0), state)
+@jax.jit
+def fork(state: State, sources: jax.Array) -> State:
+    """The rows of a State that `sources` [B] names; it stays as it is."""
+    return jax.tree.map(lambda leaf: leaf[sources], state)
 
 
 @jax.jit

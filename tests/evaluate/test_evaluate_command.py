@@ -161,6 +161,66 @@ def test_whatever_was_finished_is_not_done_again(
     assert len(asked) <= 12 - (finished - 1) // 3 * 3
 
 
+SHARED = [*GRID, "--shared", "--haystacks", "5", "--questions", "7", "--filler", "books"]
+
+
+@pytest.fixture(scope="module")
+def beside(sources, tmp_path_factory):
+    """A grid whose shared haystacks were read side by side: five as three and two."""
+    directory = tmp_path_factory.mktemp("beside")
+    arguments = ["--model", str(sources[1]), *SHARED, *SMALL, "--output", str(directory)]
+    assert command.main([*arguments, "--quiet"]) == 0
+    return directory
+
+
+def test_shared_haystacks_read_side_by_side_give_what_they_give_one_by_one(
+    beside, sources, evaluate, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(planning, "BUSY_WEIGHTS", 0)
+    rows_read, read = [], Reader.read
+
+    def counted(reader, texts, rows, on_tokens):
+        rows_read.append((len(texts), rows))
+        return read(reader, texts, rows, on_tokens)
+
+    monkeypatch.setattr(Reader, "read", counted)
+    assert evaluate("--model", sources[1], *SHARED, *SMALL, "--output", tmp_path).code == 0
+    assert rows_read == [(1, 1)] * (1 + 2 * 5)  # the first one is the warm-up
+    assert len(results(beside)["figures"]["ours"]) and len(rows(beside)) == 2 * 2 * 7
+    assert len({row["answered"] for row in rows(beside)}) > 9
+    assert_same_files(beside, tmp_path)
+    one, other = (results(path)["figures"]["ours"]["tokens_read"] for path in (beside, tmp_path))
+    assert one == other
+
+
+# Ten questions about the first three haystacks and four about the others, three at a time.
+@pytest.mark.parametrize("answers, finished, to_read", [(2, 3, 10), (6, 13, 7)])
+def test_a_run_that_ended_amid_haystacks_read_side_by_side_goes_on(
+    beside, sources, evaluate, tmp_path, monkeypatch, answers, finished, to_read
+):
+    arguments = ["--model", sources[1], *SHARED, *SMALL, "--output", tmp_path]
+    answer, calls, read, texts_read = Reader.answer, [], Reader.read, []
+
+    def interrupted(reader, *rest):
+        calls.append(rest)
+        if len(calls) == 1 + answers:  # the first one is the warm-up
+            raise KeyboardInterrupt
+        return answer(reader, *rest)
+
+    def counted(reader, texts, *rest):
+        texts_read.extend(texts)
+        return read(reader, texts, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "answer", interrupted)
+        assert evaluate(*arguments).code == 130
+    assert (tmp_path / JOURNAL).read_text().count('"trial"') == finished
+    monkeypatch.setattr(Reader, "read", counted)
+    assert evaluate(*arguments, "--resume").code == 0
+    assert_same_files(beside, tmp_path)
+    assert len(texts_read) == 1 + to_read  # the first one is the warm-up
+
+
 def assert_same_files(whole, other):
     assert (whole / "trials.csv").read_bytes() == (other / "trials.csv").read_bytes()
     assert (whole / "passkey_ours.png").read_bytes() == (other / "passkey_ours.png").read_bytes()

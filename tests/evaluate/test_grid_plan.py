@@ -6,6 +6,7 @@ import functools
 import pytest
 from numbers_task import FILLER, Numbers
 
+from gemma_jax import PRESETS
 from gemma_jax.errors import UsageError
 from gemma_jax.evaluate import plan as planning
 from gemma_jax.evaluate.haystack import EXTRA_TOKENS
@@ -108,6 +109,23 @@ def test_shared_haystacks_hold_facts_at_all_depths_and_share_the_questions(plan)
     depths = [a.question.depth for a in grid.groups[0].haystacks[0].asked]
     assert {depth: depths.count(depth) for depth in depths} == dict.fromkeys(OPTIONS.depths, 3)
     assert grid.rows == 3  # nine questions, evenly in batches of at most four
+
+
+def test_shared_haystacks_of_a_length_are_read_together_and_asked_about_together(plan):
+    grid = plan(shared="always", questions=5, haystacks=5, beside=4, rows=4)
+    assert [len(group.haystacks) for group in grid.groups] == [3, 2] * 2  # evenly
+    assert all(len({h.tokens for h in group.haystacks}) == 1 for group in grid.groups)
+    assert grid.beside == 3 and grid.rows == 3  # nine questions about three haystacks
+    apart = plan(shared="always", questions=5, haystacks=5)
+    assert [h.name for h in grid.haystacks] == [h.name for h in apart.haystacks]
+    assert [read(grid, h) for h in grid.haystacks] == [read(apart, h) for h in apart.haystacks]
+
+
+def test_only_small_models_read_shared_haystacks_side_by_side():
+    large, medium = PRESETS["gemma-2b"], PRESETS["gemma-3-270m"]
+    small = dataclasses.replace(large, width=256, mlp_dim=1024, layer_types=large.layer_types[:4])
+    assert [planning.side_by_side(config, 16) for config in (large, medium, small)] == [1, 2, 16]
+    assert planning.side_by_side(small, 3) == 3
 
 
 def test_long_haystacks_are_shared_unless_the_task_cannot(plan):

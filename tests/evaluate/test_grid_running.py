@@ -89,6 +89,19 @@ def test_questions_on_a_forked_state_are_answered_as_if_it_was_read_for_each():
     assert len({answer.text for answer in answers}) > 1
 
 
+def test_questions_are_asked_of_the_haystack_that_was_read_in_their_row():
+    reader = Reader(model(), rows=4, question_tokens=16, beside=3)
+    some = texts(2)  # of three that could be read
+    state, read_in = reader.read(some, 3, lambda count: None), [1, 0, 0, 1]
+    for used in (read_in, read_in[1:]):  # the State is still there for a second batch
+        questions = QUESTIONS[-len(used) :]
+        answers = reader.answer(reader.fork(state, used), questions, [LIMIT] * len(used))
+        expected = [directly(some[row], q) for row, q in zip(used, questions, strict=True)]
+        assert [answer.text for answer in answers] == [text_of(ids) for ids in expected]
+    swapped = [directly(some[1 - row], q) for row, q in zip(used, questions, strict=True)]
+    assert swapped != expected
+
+
 def test_rows_of_a_batch_are_answered_as_single_texts():
     reader = Reader(model(), rows=4, question_tokens=16)
     some, told = texts(3), []
@@ -102,14 +115,16 @@ def test_rows_of_a_batch_are_answered_as_single_texts():
     assert [answer.tokens for answer in answers] == [len(ids) for ids in expected]
 
 
-def test_a_grid_of_any_lengths_compiles_once():
-    reader = Reader(model(), rows=4, question_tokens=16)
+@pytest.mark.parametrize("beside", [1, 3])
+def test_a_grid_of_any_lengths_compiles_once(beside):
+    reader = Reader(model(), rows=4, question_tokens=16, beside=beside)
     reader.warm_up([True, False])
     compiled = [f._cache_size() for f in (gemma_jax.prefill, gemma_jax.decode_block, fork)]
     for length in (30, 75):
         some = texts(2, length)
         reader.answer(reader.read(some, 4, print), QUESTIONS[:2], [20, 3])
-        reader.answer(reader.fork(reader.read(some[:1], 1, print)), QUESTIONS[:1], [5])
+        shared = reader.read(some[:beside], beside, print)
+        reader.answer(reader.fork(shared, [beside > 1]), QUESTIONS[:1], [5])
     found = [f._cache_size() for f in (gemma_jax.prefill, gemma_jax.decode_block, fork)]
     assert found == compiled
 
