@@ -7,7 +7,8 @@ Hugging Face transformers with full attention. All compute in float32 unless tol
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+import lzma
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from gemma_jax.errors import InputError
 
 PIECE_TOKENS = 8192  # read at once
+PIECE_CHARS = 65_536  # of a compressed text, decompressed at once
 LOGITS_TOKENS = 256  # turned into logits at once
 BIN_TOKENS = 5000  # of a row of the output
 
@@ -49,7 +51,8 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def read_ids(model: Any, file: str, tokens: int | None) -> np.ndarray:
-    """BOS and the first `tokens - 1` ids of a text file (all of them by default).
+    """BOS and the first `tokens - 1` ids of a text file (all of them by default); one whose name ends
+    in `.xz` is decompressed.
 
     Raises:
         InputError: the file cannot be read, or is too short.
@@ -58,13 +61,29 @@ def read_ids(model: Any, file: str, tokens: int | None) -> np.ndarray:
     from gemma_jax.text import encode_prompt
 
     ids: list[int] = []
-    for some in encode_prompt(model.tokenizer, Documents([file]), bos_id=model.config.bos_id):
+    text = decompressed(file) if file.endswith(".xz") else Documents([file])
+    for some in encode_prompt(model.tokenizer, text, bos_id=model.config.bos_id):
         ids += some
         if tokens and len(ids) >= tokens:
             break
     if len(ids) < (tokens or 2):
         raise InputError(f"{file} has only {len(ids)} tokens: choose a longer text, or --tokens.")
     return np.array(ids[:tokens], np.int32)
+
+
+def decompressed(file: str) -> Iterator[str]:
+    """The text of an `.xz` file in pieces, as `Documents` gives that of another.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        with lzma.open(file, "rt", encoding="utf-8-sig", newline="") as text:
+            while piece := text.read(PIECE_CHARS):
+                yield piece
+    except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{file} cannot be read ({reason}): name a text file.") from error
 
 
 def token_nll(model: Any, ids: np.ndarray) -> np.ndarray:
@@ -160,7 +179,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Mean negative log-likelihood of a text's tokens, in nats.",
     )
     parser.add_argument("--model", metavar="DIR", required=True, help="a checkpoint")
-    parser.add_argument("--text", metavar="FILE", required=True, help="what is read")
+    parser.add_argument("--text", metavar="FILE", required=True, help="what is read (FILE.xz too)")
     parser.add_argument(
         "--tokens", metavar="N", type=number(int)(2), help="of its beginning (default: all)"
     )

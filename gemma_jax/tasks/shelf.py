@@ -27,7 +27,7 @@ SHEET_BYTES = 16_384
 AHEAD_BYTES = 8_192  # more than it takes to know the longest piece and where the next begins
 
 _BOM = b"\xef\xbb\xbf"
-_PARAGRAPH_END = re.compile(rb"\S(?=[^\S\n]*\n\s*\n)")
+_EMPTY_LINE = re.compile(rb"\n\s*\n")
 _SENTENCE_END = re.compile(rb"""[.!?]["')\]]*(?=\s)""")
 # Where a piece ends is then not known from what is near it. Looked for first in every 40th character.
 _ODD = re.compile(rf"\s{{{cutting.LONGEST}}}|[{cutting.CLOSING}]{{{cutting.LONGEST}}}")
@@ -193,7 +193,10 @@ class Book:
         if low == 0 or low >= len(self._data):
             return min(low, len(self._data))
         sheet = self._data[low : low + SHEET_BYTES]
-        if found := _PARAGRAPH_END.search(sheet) or _SENTENCE_END.search(sheet):
+        for found in _EMPTY_LINE.finditer(sheet):
+            if before := len(sheet[: found.start()].rstrip()):
+                return low + before
+        if found := _SENTENCE_END.search(sheet):
             return low + found.end()
         while self._data[low] & 0xC0 == 0x80:  # within a character
             low += 1

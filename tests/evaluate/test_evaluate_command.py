@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib.util
 import json
+import lzma
 import os
 import shlex
 import signal
@@ -493,3 +494,16 @@ def test_perplexity_is_still_the_mode_of_a_text(sources, evaluate, tmp_path):
     assert result.code == 0 and len(found) == 2
     assert {record["segment_length"] for record in found} == {64}
     assert all(0 < record["nll"] < 30 and record["tokens"] == 120 for record in found)
+
+
+def test_perplexity_of_a_compressed_text_is_that_of_the_text(sources, evaluate, tmp_path):
+    data = b"\xef\xbb\xbf" + b"the people called him\r\nby his name and " * 20
+    (tmp_path / "text.txt").write_bytes(data)
+    (tmp_path / "text.txt.xz").write_bytes(lzma.compress(data))
+    (tmp_path / "bad.txt.xz").write_bytes(lzma.compress(data)[:-30])
+    arguments = ["--model", sources[1], "--segment-length", "64", "--json", "--text"]
+    plain, packed, bad = (
+        evaluate(*arguments, tmp_path / name) for name in ("text.txt", "text.txt.xz", "bad.txt.xz")
+    )
+    assert plain.code == 0 and plain.out == packed.out
+    assert bad.code == 3 and "bad.txt.xz cannot be read" in bad.err
