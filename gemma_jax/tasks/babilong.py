@@ -2,7 +2,7 @@
 
 A story's sentences up to the last one that its question needs stand anywhere before the question's
 depth, that one at it, and the others anywhere behind it. One text can hold several stories: every story
-has people, objects and (in QA4, which is about rooms) rooms of its own.
+has people, objects and (in QA4, which is about rooms) rooms of its own; one story has bAbI's.
 """
 
 import itertools
@@ -80,7 +80,7 @@ class Babilong(Task):
         self._asks_for_rooms = self._kind.make is babi.two_arguments
         people = PEOPLE_WHO_GIVE if self._kind.make is babi.three_arguments else PEOPLE
         more = [words.of_split(names, keys, 2) for names in (MORE_PEOPLE, MORE_OBJECTS, MORE_ROOMS)]
-        # The first story has bAbI's own names: they belong to every split, as in BABILong itself.
+        # bAbI's own names come first, in every split: BABILong itself trains and tests on the same.
         self._names = list(zip((people, OBJECTS, ROOMS), more, strict=True))
         self.vocabulary = tuple(itertools.chain(*itertools.chain(*self._names)))
         people, things, rooms = (len(first) + len(others) for first, others in self._names)
