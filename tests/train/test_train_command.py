@@ -282,7 +282,7 @@ def test_a_recipe_is_overridden_by_the_command_line(tmp_path):
     file.write_text('steps = 5\nlearning-rate = 0.5\ndata = ["text:a=2", "task:b"]\nquiet = true\n')
     found = options.parse(["--recipe", str(file), "--learning-rate", "0.25"])
     assert (found.steps, found.learning_rate, found.quiet) == (5, 0.25, True)
-    assert found.data == [("text", "a", 2.0), ("task", "b", 1.0)]
+    assert found.data == [("text", "a", (2.0, 2.0)), ("task", "b", (1.0, 1.0))]
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps({"steps": 7, "segments": "2:8", "resume": False}))
     found = options.parse(["--recipe", str(file)])
