@@ -22,7 +22,7 @@ import pytest
 import safetensors.numpy
 from documented import PYTHONS, ROOT, SHELLS, Block, Command, commands, reason_not_run
 
-from gemma_jax import PRESETS, demo
+from gemma_jax import PRESETS, random_model
 from gemma_jax.checkpoint import store
 from gemma_jax.checkpoint.convert import convert
 
@@ -73,7 +73,7 @@ class Belongings:
 
     @classmethod
     def make(cls, directory: Path) -> "Belongings":
-        source = demo.write_hugging_face(directory / demo.NAME)
+        source = random_model.write_hugging_face(directory / random_model.NAME)
         keep_one_layer(source)
         made = directory / "checkpoint"
         config = convert(source, made, dtype="float32").config

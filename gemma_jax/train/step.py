@@ -22,6 +22,7 @@ from gemma_jax.model.scan import Remat, forward
 from gemma_jax.model.state import State, init_state
 from gemma_jax.model.transformer import Params, abstract_params
 
+FREE_SHARE = 0.02  # of the tokens, which may be written without penalty
 LOSS_ROWS = 4096  # tokens whose logits exist at once; a row of 256,000 takes 1 MB
 
 LearningRate = float | optax.Schedule
@@ -304,9 +305,10 @@ def make_train_step(
     Parameters (float32) and the optimiser's state (`optimizer.init(params)`) are consumed; `state` is
     as in `batch_loss`, and memories alone with `accumulate` above 1. `frozen` is the rest of a model of
     which `params` are a part, see `adapting.join`; `rate` multiplies the learning rates. `write_penalty`
-    times the share of the tokens that is written, mean of the layers that count it, is minimised with the
-    loss and no part of the `loss` that is measured. A step whose loss or gradient is not finite changes
-    nothing.
+    times the share of the tokens that is written beyond FREE_SHARE, mean of the layers that count it, is
+    minimised with the loss and no part of the `loss` that is measured: gates close on what is not worth
+    remembering, and no layer is closed for good before it has learnt to remember. A step whose loss or
+    gradient is not finite changes nothing.
 
     Metrics are scalars: `loss`, and `gradient_norm` before clipping. With `watch` also
 
@@ -332,7 +334,8 @@ def make_train_step(
         memories = tuple(layer.memory for layer in after.layers)
         minimised = found.loss
         if shares := written_shares(config, state, memories):
-            minimised += write_penalty / accumulate * jnp.mean(jnp.stack(shares))
+            excess = jnp.maximum(jnp.stack(shares) - FREE_SHARE, 0.0)
+            minimised += write_penalty / accumulate * jnp.mean(excess)
         return minimised, (found, finite, memories)
 
     slope = jax.grad(scores, has_aux=True)

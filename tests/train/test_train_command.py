@@ -283,10 +283,31 @@ def test_a_recipe_is_overridden_by_the_command_line(tmp_path):
     found = options.parse(["--recipe", str(file), "--learning-rate", "0.25"])
     assert (found.steps, found.learning_rate, found.quiet) == (5, 0.25, True)
     assert found.data == [("text", "a", (2.0, 2.0)), ("task", "b", (1.0, 1.0))]
+    file.write_text('data = ["task:b=4:0.5", "text:x=y.txt"]\ndensity = "12:2"\nconfig = "shape.json"\n')
+    (tmp_path / "shape.json").write_text("{}")
+    found = options.parse(["--recipe", str(file)])
+    assert found.data == [("task", "b", (4.0, 0.5)), ("text", "x=y.txt", (1.0, 1.0))]
+    assert found.density == (12.0, 2.0) and found.config == str(tmp_path / "shape.json")
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps({"steps": 7, "segments": "2:8", "resume": False}))
     found = options.parse(["--recipe", str(file)])
     assert (found.steps, found.segments, found.resume) == (7, (2, 8), False)
+
+
+def test_recipes_that_come_with_the_package_are_known_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = options.parse(["--recipe", "demo"])
+    assert found.data and Path(found.config).is_file()
+    config = start.read_config(Path(found.config))
+    assert int(found.tokenizer.removeprefix(start.NEW)) <= config.vocab_size
+    Path("demo").write_text("steps = 7\n")
+    assert options.parse(["--recipe", "demo"]).steps == 7  # a file of one's own goes first
+
+
+def test_a_penalty_needs_a_rule_that_counts(command, scratch, tmp_path):
+    given = ["--steps", 1, "--output", tmp_path / "one", "--memory", "linear"]
+    done = command(*scratch, *given, "--write-penalty", 0.1)
+    assert done.code == 2 and "linear does not count what it writes" in done.err
 
 
 def test_a_quantised_model_has_its_memory_trained_alone(command, taught, tmp_path):
