@@ -106,7 +106,8 @@ def test_answers_follow_their_questions_and_come_after_the_facts(make_task, toke
         for start, end in edges.reshape(-1, 2):
             answer, before = (tokenizer.decode(row.ids[a:b]) for a, b in ((start, end), (0, start)))
             question = before[before.rindex("\n\n") :]
-            assert answer.endswith(".") and re.search(r"\S$", question)
+            stop = tokenizer.decode(row.ids[end : end + 1])
+            assert not answer.endswith(".") and stop == "." and re.search(r"\S$", question)
             told = before[: -len(question)]
             for value in answer.strip(" .").split(", "):
                 assert value in told, (question, answer)

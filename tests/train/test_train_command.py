@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from gemma_jax.config import GemmaConfig
 from gemma_jax.tasks.recall import VALUES
 from gemma_jax.text import encode
 from gemma_jax.train import command as train_command
-from gemma_jax.train import loop, options, record
+from gemma_jax.train import loop, options, record, start
 from gemma_jax.train.saving import Checkpoints
 from gemma_jax.train.tokenizer import SMALLEST
 
@@ -283,7 +284,9 @@ def test_a_recipe_is_overridden_by_the_command_line(tmp_path):
     found = options.parse(["--recipe", str(file), "--learning-rate", "0.25"])
     assert (found.steps, found.learning_rate, found.quiet) == (5, 0.25, True)
     assert found.data == [("text", "a", (2.0, 2.0)), ("task", "b", (1.0, 1.0))]
-    file.write_text('data = ["task:b=4:0.5", "text:x=y.txt"]\ndensity = "12:2"\nconfig = "shape.json"\n')
+    file.write_text(
+        'data = ["task:b=4:0.5", "text:x=y.txt"]\ndensity = "12:2"\nconfig = "shape.json"\n'
+    )
     (tmp_path / "shape.json").write_text("{}")
     found = options.parse(["--recipe", str(file)])
     assert found.data == [("task", "b", (4.0, 0.5)), ("text", "x=y.txt", (1.0, 1.0))]
