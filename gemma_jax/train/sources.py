@@ -18,6 +18,7 @@ from gemma_jax.tasks.base import Episode, Task
 from gemma_jax.text import BatchEncoder
 from gemma_jax.train.corpus import Haystack, RecordBook, Records, Text
 from gemma_jax.train.plan import Ramp
+from gemma_jax.train.tokenizer import NUMBERS
 
 MOST_QUESTIONS = 64  # of an episode
 STOP = "."  # ends every reply
@@ -142,8 +143,8 @@ class TaskSource:
         return [tasks.make(self.name, forms=forms, keys=self.keys) for forms in self.forms]
 
     @functools.cached_property
-    def _digits(self) -> np.ndarray:
-        return np.unique(np.concatenate(self.encode(list("0123456789"))))
+    def _numbers(self) -> np.ndarray:
+        return np.unique(np.concatenate(self.encode(NUMBERS)))
 
     def episode(self, seed: int, depths: list[float]) -> Episode:
         """In the wording that the seed has."""
@@ -187,7 +188,7 @@ class TaskSource:
         places = items.places(rng, room - tail, self.reach)
         hay, starts = _haystack(self.texts).cut(rng, room)
         if strange:
-            hay = _made_strange(rng, hay, self._digits)
+            hay = _made_strange(rng, hay, self._numbers)
         parts: list[Part] = [(items.opening, ASKED)]
         put, done = items.parts, 0
         for i in np.argsort(places, kind="stable"):
@@ -285,16 +286,16 @@ class _Items:
         return np.concatenate([facts, np.array(asked)])
 
 
-def _made_strange(rng: np.random.Generator, hay: np.ndarray, digits: np.ndarray) -> np.ndarray:
-    """Blocks of a haystack in another order, of any tokens, or full of digits.
+def _made_strange(rng: np.random.Generator, hay: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Blocks of a haystack in another order, of any tokens, or full of numbers.
 
     Texts that no training has seen must not be written into memory for being strange.
     """
     of_any = rng.integers(hay.max(initial=0) + 1, size=len(hay))
-    numbers = np.where(rng.uniform(size=len(hay)) < 0.5, rng.choice(digits, len(hay)), hay)
+    counted = np.where(rng.uniform(size=len(hay)) < 0.5, rng.choice(numbers, len(hay)), hay)
     kinds = rng.integers(4, size=-(-len(hay) // NOISE_BLOCK))
     return np.choose(
-        np.repeat(kinds, NOISE_BLOCK)[: len(hay)], [hay, rng.permutation(hay), of_any, numbers]
+        np.repeat(kinds, NOISE_BLOCK)[: len(hay)], [hay, rng.permutation(hay), of_any, counted]
     ).astype(np.int32)
 
 

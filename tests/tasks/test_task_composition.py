@@ -105,6 +105,7 @@ DIGESTS = {
     "common_words": "bded2910e8c7decc",
     "frequent_words": "39f719ceb0967a6c",
     "mqar": "94165e9cb0613d93",
+    "copy": "8fca8e21ee20fe50",
     "babilong_qa1": "1e1793bd09933a7e",
     "babilong_qa2": "39b972e9770608df",
     "babilong_qa3": "094b3b3240ac4ad6",

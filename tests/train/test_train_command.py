@@ -1,6 +1,7 @@
 """The command: it teaches, it ends as it says, and what was stopped goes on as if it had not been."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -14,10 +15,13 @@ from teaching import add_digits, equal_trees
 
 import gemma_jax
 from gemma_jax.checkpoint import store
+from gemma_jax.config import GemmaConfig
+from gemma_jax.tasks.recall import VALUES
 from gemma_jax.text import encode
 from gemma_jax.train import command as train_command
 from gemma_jax.train import loop, options, record, start
 from gemma_jax.train.saving import Checkpoints
+from gemma_jax.train.tokenizer import SMALLEST
 
 SHORT = ("--steps", 8, "--log-steps", 2, "--checkpoint-steps", 3)
 
@@ -176,11 +180,18 @@ def test_an_interrupted_run_is_saved_and_goes_on(command, carrying, tmp_path, mo
 
 
 def test_a_model_from_scratch_may_learn_its_tokenizer(command, scratch, home, tmp_path):
-    one = tmp_path / "one"
-    done = command(*scratch, "--steps", 1, "--output", one, "--tokenizer", "new:420")
+    one, size = tmp_path / "one", SMALLEST + 420
+    config = GemmaConfig.from_json((home / "tiny.json").read_text())
+    larger = dataclasses.replace(config, vocab_size=size)
+    (tmp_path / "larger.json").write_text(larger.to_json())
+    new = ("--config", tmp_path / "larger.json", "--tokenizer", f"new:{size}")
+    data = ("--data", "task:digits", "task:mqar=0.01", "--segments", 8)
+    done = command(*scratch, "--steps", 1, "--output", one, *new, *data)
     assert done.code == 0, done.err
     found = gemma_jax.load(one).tokenizer
-    assert len(encode(found, " the")) == 1 and len(found) <= 420
+    assert len(encode(found, " the")) == 1 and len(found) <= size
+    assert [len(encode(found, f" {value}")) for value in VALUES] == [1] * len(VALUES)
+    assert len(encode(found, " 123456")) == len(encode(found, " ")) + 2
     assert (one / "tokenizer.json").read_bytes() == (
         run_of(one) / "tokenizer" / "tokenizer.json"
     ).read_bytes()
