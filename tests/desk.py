@@ -98,7 +98,9 @@ class Belongings:
             "checkpoints/gemma-3-270m": self.checkpoint,
             "google/gemma-3-270m": self.huggingface,
             "questions.jsonl": QUESTIONS,
-            "small.json": self.preset.with_memory(rule="gated_delta").to_json(),
+            "small.json": dataclasses.replace(
+                self.preset.with_memory(rule="gated_delta"), vocab_size=4096
+            ).to_json(),
             "books/*.txt": TEXT,
         }
 
