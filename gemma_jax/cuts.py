@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import string
 from collections.abc import Callable
 from typing import Any
+
+DIGIT_GROUPS = "[0-9]{1,3}"  # a pre-tokenizer's pattern: numbers in groups of three, from the left
 
 
 def safe_cuts(view: Any) -> Callable[[str], bool] | None:
@@ -18,7 +21,7 @@ def safe_cuts(view: Any) -> Callable[[str], bool] | None:
     if (
         replace is None
         or not _is_plain_bpe(view.model)
-        or not _splits_at_characters(view.pre_tokenizer)
+        or not (_splits_at_characters(view.pre_tokenizer) or _groups_digits(view.pre_tokenizer))
     ):
         return None
     if any(token.lstrip or token.rstrip or token.single_word for token in added):
@@ -27,6 +30,8 @@ def safe_cuts(view: Any) -> Callable[[str], bool] | None:
     joined = set()
     for entry in itertools.chain(vocabulary, (replace(token.content) for token in added)):
         joined.update(map(str.__add__, entry, entry[1:]))
+    if _groups_digits(view.pre_tokenizer):  # which digits are a group depends on where they begin
+        joined.update(map("".join, itertools.product(string.digits, repeat=2)))
 
     def is_safe_cut(pair: str) -> bool:
         seen = replace(pair)
@@ -84,3 +89,9 @@ def _splits_at_characters(pre_tokenizer: Any) -> bool:
     return not component or (
         component["type"] == "Split" and len(pattern) == 1 and not component["invert"]
     )
+
+
+def _groups_digits(pre_tokenizer: Any) -> bool:
+    component = _component(pre_tokenizer)
+    grouping = {"type": "Split", "pattern": {"Regex": DIGIT_GROUPS}, "behavior": "Isolated"}
+    return component == grouping | {"invert": False}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_jax.train.tokenizer import BYTES, CHARACTERS, CONTROL_TOKENS, assemble
+from gemma_jax.train.tokenizer import CHARACTERS, CONTROL_TOKENS, assemble
 
 NAME = "random-tiny-gemma"
 
@@ -74,8 +74,7 @@ def make_tokenizer() -> Any:
     merges = [("\n", "\n")]
     for word in _WORDS.split():
         merges += [("▁" + word[:i], word[i]) for i in range(len(word))]
-    merges = list(dict.fromkeys(merges))
-    return assemble([*BYTES, *CHARACTERS, *(a + b for a, b in merges)], merges)
+    return assemble(CHARACTERS, list(dict.fromkeys(merges)))
 
 
 def _random_weights(rng: np.random.Generator, vocab_size: int) -> dict[str, np.ndarray]:

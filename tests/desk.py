@@ -22,7 +22,7 @@ import pytest
 import safetensors.numpy
 from documented import PYTHONS, ROOT, SHELLS, Block, Command, commands, reason_not_run
 
-from gemma_jax import PRESETS, demo
+from gemma_jax import PRESETS, random_model
 from gemma_jax.checkpoint import store
 from gemma_jax.checkpoint.convert import convert
 
@@ -73,7 +73,7 @@ class Belongings:
 
     @classmethod
     def make(cls, directory: Path) -> "Belongings":
-        source = demo.write_hugging_face(directory / demo.NAME)
+        source = random_model.write_hugging_face(directory / random_model.NAME)
         keep_one_layer(source)
         made = directory / "checkpoint"
         config = convert(source, made, dtype="float32").config
@@ -98,7 +98,9 @@ class Belongings:
             "checkpoints/gemma-3-270m": self.checkpoint,
             "google/gemma-3-270m": self.huggingface,
             "questions.jsonl": QUESTIONS,
-            "small.json": self.preset.with_memory(rule="gated_delta").to_json(),
+            "small.json": dataclasses.replace(
+                self.preset.with_memory(rule="gated_delta"), vocab_size=4096
+            ).to_json(),
             "books/*.txt": TEXT,
         }
 

@@ -37,7 +37,8 @@ class Block:
         """Of a session (kind `console`) those behind a `$`; the rest of it is what they said."""
         text = self.text
         if self.kind == "console":
-            lines = [line for line in text.splitlines() if line.startswith("$ ")]
+            joined = re.sub(r"\\\n", " ", text)
+            lines = [line for line in joined.splitlines() if line.startswith("$ ")]
             text = "\n".join(line.removeprefix("$ ") for line in lines)
         return tuple(commands(text)) if self.kind in SHELLS else ()
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from gemma_jax import random_model, text
+from gemma_jax.cuts import DIGIT_GROUPS
 from gemma_jax.errors import InputError
+from gemma_jax.train.tokenizer import SMALLEST, learn_tokenizer
 
 BOS = 2
 GEMMA_TEMPLATE = (
@@ -24,7 +26,7 @@ CORPUS = [
     "naïve café; Grüße aus Köln, 漢字かな交じり文。",
     "one  two   three\n\nfour\tfive\r\nsix ... seven!!! eight???",
 ]
-ALPHABET = " \n\tabcdethe<>▁é漢🦀‍\0."
+ALPHABET = " \n\t1129abcdethe<>▁é漢🦀‍\0."
 
 
 def wrap(backend: tokenizers.Tokenizer, **options) -> transformers.PreTrainedTokenizerFast:
@@ -84,7 +86,22 @@ def with_stripping_token() -> transformers.PreTrainedTokenizerFast:
     return wrap(backend)
 
 
-KINDS = [gemma_like, byte_level, word_piece, metaspace, unknown_is_fused, with_stripping_token]
+def numbers_in_groups() -> transformers.PreTrainedTokenizerFast:
+    return wrap(learn_tokenizer(CORPUS, SMALLEST + 60, ["whale", "whale-sea"]))
+
+
+def few_numbers_in_groups() -> transformers.PreTrainedTokenizerFast:
+    """No entry has 29 in it, but 1299 is read as 129, 9: a cut between 12 and 99 would make a 99."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "1", "2", "9", "▁", "a", "99"])}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [("9", "9")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(DIGIT_GROUPS), "isolated")
+    return wrap(backend)
+
+
+FED_IN_PARTS = [gemma_like, numbers_in_groups, few_numbers_in_groups, unknown_is_fused]
+FED_WHOLE = [byte_level, word_piece, metaspace, with_stripping_token]
+KINDS = FED_IN_PARTS + FED_WHOLE
 TOKENIZERS = {}
 
 
@@ -124,6 +141,8 @@ words = st.sampled_from(
         "<end_of_turn>",
         "<mark>",
         " <mark> ",
+        "1299",
+        "2",
     ]
 )
 documents = st.lists(
@@ -144,9 +163,8 @@ def test_streaming_gives_the_ids_of_the_whole_text(small_parts, kind, content, s
 
 
 def test_gemmas_kind_of_tokenizer_is_fed_in_parts_and_others_whole():
-    assert text._encoder(tokenizer_of(gemma_like)).is_safe_cut is not None
-    for kind in (byte_level, word_piece, metaspace, with_stripping_token):
-        assert text._encoder(tokenizer_of(kind)).is_safe_cut is None
+    for kind in KINDS:
+        assert text.is_cut(tokenizer_of(kind)) == (kind in FED_IN_PARTS)
 
 
 def test_a_long_text_comes_in_lists_of_bounded_length():
@@ -170,10 +188,15 @@ def test_text_is_consumed_only_a_little_ahead():
 
 
 @pytest.mark.parametrize(
-    "content", ["\n" * 30_000, " " * 30_000, "<t" * 15_000, "é" * 30_000], ids=repr
+    "kind, content",
+    [
+        *((gemma_like, content * 30_000) for content in ("\n", " ", "<t", "é")),
+        (numbers_in_groups, "12345" * 6000),
+        (few_numbers_in_groups, "1299" * 6000),
+    ],
 )
-def test_text_without_a_safe_cut_is_held_and_still_exact(content):
-    tokenizer = tokenizer_of(gemma_like)
+def test_text_without_a_safe_cut_is_held_and_still_exact(kind, content):
+    tokenizer = tokenizer_of(kind)
     assert streamed(tokenizer, split(content, 999)) == whole(tokenizer, content)
 
 

@@ -21,7 +21,7 @@ from gemma_jax.inference.progress import Progress
 from gemma_jax.tasks.base import Task
 
 # Questions by task.
-DEFAULT_TASKS = {"passkey": 1, "niah_multikey_1": 5, "babilong_qa1": 2}
+DEFAULT_TASKS = {"passkey": 1, "niah_multikey_1": 5}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

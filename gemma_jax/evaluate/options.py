@@ -82,7 +82,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--haystack", metavar="FILE", nargs="+", help="the books (default: those held out)"
     )
     what.add_argument("--forms", choices=FORMS, default="classic", help="(default: classic)")
-    what.add_argument("--keys", choices=KEYS, default="held_out", help="(default: held_out)")
+    what.add_argument(
+        "--keys",
+        choices=KEYS,
+        default="held_out",
+        help="names: those that training has, others (default: held_out), or all",
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--adapter", metavar="DIR", help="what was trained for --model, alone")
     how.add_argument("--memory", metavar="RULE", help="a rule other than the recorded one")

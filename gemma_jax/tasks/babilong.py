@@ -2,9 +2,10 @@
 
 A story's sentences up to the last one that its question needs stand anywhere before the question's
 depth, that one at it, and the others anywhere behind it. One text can hold several stories: every story
-has people, objects and (in QA4, which is about rooms) rooms of its own.
+has people, objects and (in QA4, which is about rooms) rooms of its own; one story has bAbI's.
 """
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -23,7 +24,7 @@ PEOPLE = ("Mary", "John", "Daniel", "Sandra")
 OBJECTS = ("football", "apple", "milk")
 ROOMS = ("kitchen", "bathroom", "hallway", "garden", "office", "bedroom")
 
-# For more than one story, and to train on; half of each is held out.
+# For more than one story; half of each is held out, but none of bAbI's own names.
 MORE_PEOPLE = """
 Adrian Agnes Albert Alfred Alice Amanda Amelia Andrea Angela Anita Anthony Antonia Arnold Arthur
 Astrid Audrey Barbara Beatrice Benjamin Bernard Bertha Beverly Bianca Bridget Bruce Camilla Carla
@@ -79,9 +80,9 @@ class Babilong(Task):
         self._asks_for_rooms = self._kind.make is babi.two_arguments
         people = PEOPLE_WHO_GIVE if self._kind.make is babi.three_arguments else PEOPLE
         more = [words.of_split(names, keys, 2) for names in (MORE_PEOPLE, MORE_OBJECTS, MORE_ROOMS)]
-        # bAbI's own names come first, but never in training.
-        of_babi = ((), (), ()) if keys == "train" else (people, OBJECTS, ROOMS)
-        self._names = list(zip(of_babi, more, strict=True))
+        # bAbI's own names come first, in every split: BABILong itself trains and tests on the same.
+        self._names = list(zip((people, OBJECTS, ROOMS), more, strict=True))
+        self.vocabulary = tuple(itertools.chain(*itertools.chain(*self._names)))
         people, things, rooms = (len(first) + len(others) for first, others in self._names)
         self.most_questions = min(people // 4, things // 3)
         if self._asks_for_rooms:

@@ -111,12 +111,15 @@ class Task:
         chance: accuracy of a reader that saw the question and knows the rules, but not the facts.
         most_questions: how many one text may have; None: as many as there are different keys.
         haystack: what facts are hidden in: `grass`, `books`, `needles` or `words`.
+        vocabulary: the words that answers are made of, where these are a closed set; a tokenizer that
+            is learnt for the task has them as tokens. Without digits.
     """
 
     name: str
     haystack: str
     chance: float = 0.0
     most_questions: int | None = None
+    vocabulary: tuple[str, ...] = ()
 
     def episode(self, seed: int, depths: Sequence[float], questions_per_depth: int = 1) -> Episode:
         """Plans a text with `questions_per_depth` questions about facts at each of `depths`.

@@ -22,6 +22,7 @@ class AssociativeRecall(Task):
 
     name = "mqar"
     chance = 1 / len(VALUES)
+    vocabulary = VALUES
 
     def __init__(self, forms: str, haystack: str):
         self._forms, self.haystack = RECALL[forms], haystack

@@ -273,7 +273,7 @@ def make_parser() -> ArgumentParser:
         0.0,
         metavar="P",
         type=real(0),
-        help="on the share of tokens written, in the longest sequences; the shortest have none",
+        help="on writing more tokens than were planted, in long sequences",
     )
     add(group, "--clip-norm", 1.0, metavar="N", type=positive, help="of the gradient")
     add(group, "--b1", 0.9, metavar="B", type=real(0, 1), help="of AdamW")

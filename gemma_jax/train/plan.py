@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+SPARED = 4  # times the shortest sequences: as long as that they are spared a penalty
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -69,10 +70,10 @@ class Plan:
     def penalty(self, length: int, lengths: Sequence[int]) -> float:
         """`make_train_step`'s `write_penalty` for sequences of this length.
 
-        None in the shortest, which may be too short to read anything: their gates would only close.
+        None in short ones, in which remembering is of little use yet: gates would close for good.
         """
-        low, high = lengths[0], lengths[-1]
-        return self.write_penalty * ((length - low) / (high - low) if high > low else 1.0)
+        low, high = min(SPARED * lengths[0], lengths[-1] // 2), lengths[-1]
+        return self.write_penalty * max(0.0, (length - low) / (high - low))
 
     def rate(self, step: int, done: float) -> float:
         """The learning rate of a step at which this share of the budget is spent."""

@@ -18,13 +18,17 @@ from gemma_jax.tasks.base import Episode, Task
 from gemma_jax.text import BatchEncoder
 from gemma_jax.train.corpus import Haystack, RecordBook, Records, Text
 from gemma_jax.train.plan import Ramp
+from gemma_jax.train.tokenizer import NUMBERS
 
 MOST_QUESTIONS = 64  # of an episode
+STOP = "."  # ends every reply
 SHARE_OF_ITEMS = 0.7  # of a sequence at most; the rest is haystack
 NEAR = 0.25  # share of the questions asked within local attention's reach of their fact
 AT_THE_END = 0.35  # share asked when everything was read, as tests do
 NOISE_BLOCK = 64  # tokens
 ALONE = 0.15  # share of the sequences with one question, among much that is not to be remembered
+HAY, ASKED, ANSWER = range(3)  # what a piece of a sequence is: a text's, a task's, an answer
+Part = tuple[Any, int]  # ids, and what they are
 SEEDS = 2**31  # of episodes
 TRIES = 16  # to find an episode that is not too long
 
@@ -37,11 +41,13 @@ class Row:
         ids: [T] int32.
         weights: [T] float32, how much it counts that each is predicted.
         answers: [T] bool, whether it belongs to an answer.
+        planted: tokens that stand in no text by themselves, which may be worth remembering.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     answers: np.ndarray
+    planted: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,7 @@ class TextSource:
     def row(self, rng: np.random.Generator, length: int) -> Row:
         ids, _ = _haystack(self.texts).cut(rng, length - 1)
         weights = np.full(length, self.language_weight, np.float32)
-        return Row(_joined([[self.bos_id], ids]), weights, np.zeros(length, bool))
+        return Row(_joined([[self.bos_id], ids]), weights, np.zeros(length, bool), planted=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +89,8 @@ class RecordSource:
 
     def row(self, rng: np.random.Generator, length: int) -> Row:
         book = _record_book(self.records)
-        row = Row(np.zeros(length, np.int32), np.zeros(length, np.float32), np.zeros(length, bool))
+        ids, weights, answers = (np.zeros(length, kind) for kind in (np.int32, np.float32, bool))
+        row = Row(ids, weights, answers, planted=length)
         at = 0
         while (drawn := book.draw(rng, length - at)) is not None:
             ids, answer = drawn
@@ -136,8 +143,8 @@ class TaskSource:
         return [tasks.make(self.name, forms=forms, keys=self.keys) for forms in self.forms]
 
     @functools.cached_property
-    def _digits(self) -> np.ndarray:
-        return np.unique(np.concatenate(self.encode(list("0123456789"))))
+    def _numbers(self) -> np.ndarray:
+        return np.unique(np.concatenate(self.encode(NUMBERS)))
 
     def episode(self, seed: int, depths: list[float]) -> Episode:
         """In the wording that the seed has."""
@@ -153,7 +160,7 @@ class TaskSource:
         wanted = 1 if rng.uniform() < ALONE else wanted
         spans = -(-wanted // self.most_questions)
         strange = rng.uniform() < self.noise
-        parts: list[tuple[Any, bool]] = [([self.bos_id], False)]
+        parts: list[Part] = [([self.bos_id], ASKED)]
         filled = 1
         for i in range(spans):
             room = (length - filled) // (spans - i)
@@ -162,31 +169,33 @@ class TaskSource:
             )
             filled += room
         ids = _joined([part for part, _ in parts])
-        answers = np.repeat([is_answer for _, is_answer in parts], [len(part) for part, _ in parts])
+        kinds = np.repeat([kind for _, kind in parts], [len(part) for part, _ in parts])
+        answers = kinds == ANSWER
         language = 0.0 if strange else self.language_weight
         weights = np.where(answers, 1.0, language).astype(np.float32)
-        return Row(ids, weights, answers)
+        planted = sum(len(part) for part, kind in parts if kind != HAY)
+        return Row(ids, weights, answers, planted)
 
     def _span(
         self, rng: np.random.Generator, length: int, wanted: int, *, last: bool, strange: bool
-    ) -> list[tuple[Any, bool]]:
-        """One episode in exactly `length` tokens: pieces of ids, and whether they are an answer."""
+    ) -> list[Part]:
+        """One episode in exactly `length` tokens."""
         items = self._that_fit(rng, length, np.sort(rng.uniform(0, 1, wanted)))
         if items is None:
-            return [(_haystack(self.texts).cut(rng, length)[0], False)]
+            return [(_haystack(self.texts).cut(rng, length)[0], HAY)]
         room = length - items.tokens
         tail = min(int(rng.integers(self.reach // 2 + 1)), room // 4) if last else 0
         places = items.places(rng, room - tail, self.reach)
         hay, starts = _haystack(self.texts).cut(rng, room)
         if strange:
-            hay = _made_strange(rng, hay, self._digits)
-        parts: list[tuple[Any, bool]] = [(items.opening, False)]
+            hay = _made_strange(rng, hay, self._numbers)
+        parts: list[Part] = [(items.opening, ASKED)]
         put, done = items.parts, 0
         for i in np.argsort(places, kind="stable"):
             at = _at_sentence(starts, int(places[i]), done)
-            parts += [(hay[done:at], False), *put[i]]
+            parts += [(hay[done:at], HAY), *put[i]]
             done = at
-        return [*parts, (hay[done:], False)]
+        return [*parts, (hay[done:], HAY)]
 
     def asked_at_the_end(
         self, rng: np.random.Generator, length: int, questions: int, beyond: int
@@ -244,21 +253,24 @@ class _Items:
         facts, asked = self._episode.facts, self._episode.questions
         texts = [self._episode.opening, *(fact.text for fact in facts)]
         texts += [question.text for question in asked]
-        texts += [question.reply for question in asked]
+        texts += [question.reply.removesuffix(STOP) for question in asked]
+        texts += [STOP]
         ids = source.encode(texts)
         self.opening = ids[0]
         questions_at, answers_at = 1 + len(facts), 1 + len(facts) + len(asked)
         self.facts = ids[1:questions_at]
         self.depths = [fact.depth for fact in facts]
-        self.asked = list(zip(ids[questions_at:answers_at], ids[answers_at:], strict=True))
-        self.tokens = sum(map(len, ids))
+        self.asked = list(zip(ids[questions_at:answers_at], ids[answers_at:-1], strict=True))
+        self._stop = ids[-1]
+        self.tokens = sum(map(len, ids[:-1])) + len(asked) * len(self._stop)
         self.tokens_read = sum(map(len, ids[:questions_at]))
 
     @property
-    def parts(self) -> list[list[tuple[Any, bool]]]:
-        """Facts and what is asked, each in pieces of ids, and whether these are an answer."""
-        asked = [[(question, False), (answer, True)] for question, answer in self.asked]
-        return [[(fact, False)] for fact in self.facts] + asked
+    def parts(self) -> list[list[Part]]:
+        """Facts, and what is asked."""
+        stop = (self._stop, ASKED)  # no part of the answer: nobody has to remember it
+        asked = [[(question, ASKED), (answer, ANSWER), stop] for question, answer in self.asked]
+        return [[(fact, ASKED)] for fact in self.facts] + asked
 
     def places(self, rng: np.random.Generator, room: int, reach: int) -> np.ndarray:
         """How much haystack, of `room` tokens, stands before each of `parts`."""
@@ -274,16 +286,16 @@ class _Items:
         return np.concatenate([facts, np.array(asked)])
 
 
-def _made_strange(rng: np.random.Generator, hay: np.ndarray, digits: np.ndarray) -> np.ndarray:
-    """Blocks of a haystack in another order, of any tokens, or full of digits.
+def _made_strange(rng: np.random.Generator, hay: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Blocks of a haystack in another order, of any tokens, or full of numbers.
 
     Texts that no training has seen must not be written into memory for being strange.
     """
     of_any = rng.integers(hay.max(initial=0) + 1, size=len(hay))
-    numbers = np.where(rng.uniform(size=len(hay)) < 0.5, rng.choice(digits, len(hay)), hay)
+    counted = np.where(rng.uniform(size=len(hay)) < 0.5, rng.choice(numbers, len(hay)), hay)
     kinds = rng.integers(4, size=-(-len(hay) // NOISE_BLOCK))
     return np.choose(
-        np.repeat(kinds, NOISE_BLOCK)[: len(hay)], [hay, rng.permutation(hay), of_any, numbers]
+        np.repeat(kinds, NOISE_BLOCK)[: len(hay)], [hay, rng.permutation(hay), of_any, counted]
     ).astype(np.int32)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from gemma_jax import tasks
 from gemma_jax.checkpoint import store
 from gemma_jax.config import PRESETS, GemmaConfig
 from gemma_jax.errors import InputError, UsageError
@@ -37,7 +38,7 @@ def make_model(
 
     Args:
         options: of the command line.
-        texts: what a new tokenizer is learnt from.
+        texts: what a new tokenizer is learnt from; it has the words that tasks are answered with.
         directory: of the run, where it is kept.
         tell: is told what takes long.
     """
@@ -69,7 +70,8 @@ def make_model(
         if not (home / "tokenizer.json").is_file():
             tell("learning a tokenizer", 0, None)
             content = itertools.chain.from_iterable(map(read_text, texts))
-            save_tokenizer(learn_tokenizer(content, new_size(options.tokenizer)), home)
+            size, words = new_size(options.tokenizer), answer_words(options)
+            save_tokenizer(learn_tokenizer(content, size, words), home)
     else:
         home = Path(options.tokenizer)
     tokenizer = load_tokenizer(home)
@@ -94,6 +96,12 @@ def new_size(tokenizer: str) -> int:
         raise UsageError(
             f"--tokenizer {tokenizer} has no number of tokens: write e.g. {NEW}4096."
         ) from None
+
+
+def answer_words(options: argparse.Namespace) -> list[str]:
+    """All words of the closed sets that answers of the tasks in `--data` come from."""
+    found = [tasks.make(what, keys="train") for kind, what, _ in options.data if kind == "task"]
+    return list(dict.fromkeys(word for task in found for word in task.vocabulary))
 
 
 def read_config(file: Path) -> GemmaConfig:

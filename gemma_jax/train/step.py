@@ -38,12 +38,14 @@ class Batch:
         targets: the token that comes next, e.g. `tokens` one place on.
         weights: how much each prediction counts; 0 masks it.
         answers: whether a target is part of an answer, which is measured apart; none is by default.
+        free: share of the tokens that may be written without a penalty, where there is one; 0 by default.
     """
 
     tokens: Int[Array, "B T"]
     targets: Int[Array, "B T"]
     weights: Float[Array, "B T"]
     answers: Bool[Array, "B T"] | None = None
+    free: Float[Array, " B"] | None = None
 
 
 @struct.dataclass
@@ -304,9 +306,9 @@ def make_train_step(
     Parameters (float32) and the optimiser's state (`optimizer.init(params)`) are consumed; `state` is
     as in `batch_loss`, and memories alone with `accumulate` above 1. `frozen` is the rest of a model of
     which `params` are a part, see `adapting.join`; `rate` multiplies the learning rates. `write_penalty`
-    times the share of the tokens that is written, mean of the layers that count it, is minimised with the
-    loss and no part of the `loss` that is measured. A step whose loss or gradient is not finite changes
-    nothing.
+    times the share of the tokens that is written beyond the batch's `free`, mean of rows, heads and layers
+    that count it, is minimised with the loss and no part of the `loss` that is measured. A step whose loss
+    or gradient is not finite changes nothing.
 
     Metrics are scalars: `loss`, and `gradient_norm` before clipping. With `watch` also
 
@@ -332,7 +334,9 @@ def make_train_step(
         memories = tuple(layer.memory for layer in after.layers)
         minimised = found.loss
         if shares := written_shares(config, state, memories):
-            minimised += write_penalty / accumulate * jnp.mean(jnp.stack(shares))
+            free = 0.0 if batch.free is None else batch.free[:, None]
+            excess = jnp.maximum(jnp.stack(shares) - free, 0.0)
+            minimised += write_penalty / accumulate * jnp.mean(excess)
         return minimised, (found, finite, memories)
 
     slope = jax.grad(scores, has_aux=True)
@@ -394,14 +398,14 @@ def _watched_memory(
     if layers and all("read" in layer for layer in layers.values()):
         found["read"] = jnp.stack([jnp.mean(jnp.abs(layer["read"])) for layer in layers.values()])
     if shares := written_shares(config, before, memories):
-        found["written"] = jnp.stack(shares)
+        found["written"] = jnp.stack(shares).mean(axis=(1, 2))
     return found
 
 
 def written_shares(
     config: GemmaConfig, before: State | Memories | None, memories: Memories
-) -> list[Float[Array, ""]]:
-    """Share of the tokens that each layer with memory wrote, of all rows and heads, if it counts them."""
+) -> list[Float[Array, "B K"]]:
+    """Share of a batch's tokens that was written, by layer that has memory and counts them."""
     if not isinstance(before, State):
         before = start_state(config, _rows(memories), before)
     counted = [i for i, memory in enumerate(memories) if "offered" in memory]
@@ -414,7 +418,7 @@ def _rows(memories: Memories) -> int:
 
 def _share_written(before: dict[str, Array], after: dict[str, Array]) -> Array:
     """The memory's own counts go on from text to text."""
-    written, offered = (jnp.sum(after[name] - before[name]) for name in ("written", "offered"))
+    written, offered = (after[name] - before[name] for name in ("written", "offered"))
     return written / jnp.maximum(offered, 1.0)
 
 

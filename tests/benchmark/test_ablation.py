@@ -18,7 +18,7 @@ import gemma_jax
 from benchmarks import ablation, ablation_page, jobs
 from benchmarks.ablation_page import Figure
 from benchmarks.learners import VARIANTS, Learner, waves
-from gemma_jax import demo
+from gemma_jax import random_model
 from gemma_jax.benchmark import records
 from gemma_jax.train import options as train_options
 
@@ -52,7 +52,7 @@ def changed(**changes):
 def home(tmp_path_factory):
     """A directory with a recipe for the tiniest of models."""
     home = tmp_path_factory.mktemp("home")
-    tokenizer = demo.make_tokenizer()
+    tokenizer = random_model.make_tokenizer()
     tokenizer.save(str(home / "tokenizer.json"))
     (home / "tokenizer_config.json").write_text("{}")
     config = tiny_config(

@@ -9,6 +9,7 @@ from reading import compose, window
 from gemma_jax import tasks
 from gemma_jax.errors import UsageError
 from gemma_jax.tasks import babilong
+from gemma_jax.tasks.words import KEYS
 
 QA = tuple(f"babilong_qa{number}" for number in (1, 2, 3, 4, 5))
 MOVE = r"(?P<mover>\w+) (?:moved to|went to|went back to|journeyed to|travelled to) the (?P<room>[\w-]+)\."
@@ -174,7 +175,7 @@ def test_twenty_stories_of_one_text_share_no_name(name):
         tasks.make(name).episode(0, [0.5], 200)
 
 
-def test_training_has_no_name_of_a_test():
+def test_training_has_no_name_of_a_test_but_babis_own():
     def names(keys):
         return {
             word
@@ -184,11 +185,35 @@ def test_training_has_no_name_of_a_test():
             for word in re.findall(r"[A-Z]\w+|the ([\w-]+)", question.text)
         } - {"", "Who", "What", "Where"}
 
+    own = {*babilong.OBJECTS, *babilong.ROOMS}
     held_out = set(babilong.MORE_OBJECTS[1::2]) | set(babilong.MORE_ROOMS[1::2])
-    held_out |= {*babilong.OBJECTS, *babilong.ROOMS}
     train = set(babilong.MORE_OBJECTS[::2]) | set(babilong.MORE_ROOMS[::2])
-    assert names("train") & held_out == set() and names("train") & train
+    assert names("train") & held_out == set() and names("train") & train and names("train") & own
     assert names("held_out") & train == set() and names("held_out") & held_out
+    assert names("held_out") & own
+
+
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("name", QA)
+def test_all_names_of_a_story_are_in_the_tasks_vocabulary_and_the_first_are_babis(name, keys):
+    task = tasks.make(name, keys=keys)
+    own = {*babilong.PEOPLE, *babilong.PEOPLE_WHO_GIVE, *babilong.OBJECTS, *babilong.ROOMS}
+    for seed in range(5):
+        assert names_in(task.episode(seed, [0.5])) <= own & set(task.vocabulary)
+        several = task.episode(seed, [0.2, 0.8], 4)
+        found = names_in(several)
+        assert found <= set(task.vocabulary) and found & own and found - own
+        assert {answer for q in several.questions for answer in q.answers} <= found
+    train, held_out, every = (
+        set(tasks.make(name, keys=split).vocabulary) for split in ("train", "held_out", "all")
+    )
+    assert train & held_out <= own and train | held_out == every
+
+
+def names_in(episode) -> set[str]:
+    """The people, objects and rooms of its sentences."""
+    told = [ANY.fullmatch(fact.text.strip()).groupdict() for fact in episode.facts]
+    return {name for each in told for kind, name in each.items() if name and kind != "side"}
 
 
 def test_window_of_the_text_is_not_enough():

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from gemma_jax.errors import InputError, UsageError
-from gemma_jax.text import batch_encoder
+from gemma_jax.text import batch_encoder, load_tokenizer
 from gemma_jax.train import command, corpus, sources
 from gemma_jax.train.data import FRESH, Feeder, Mixture, choose_length, make_batch
 from gemma_jax.train.plan import Ramp
+from gemma_jax.train.tokenizer import SMALLEST, learn_tokenizer, save_tokenizer
 
 BOS = 2
 TASKS = ("passkey", "niah_multikey_1", "niah_multivalue", "variable_tracking", "babilong_qa3")
@@ -105,7 +106,8 @@ def test_answers_follow_their_questions_and_come_after_the_facts(make_task, toke
         for start, end in edges.reshape(-1, 2):
             answer, before = (tokenizer.decode(row.ids[a:b]) for a, b in ((start, end), (0, start)))
             question = before[before.rindex("\n\n") :]
-            assert answer.endswith(".") and re.search(r"\S$", question)
+            stop = tokenizer.decode(row.ids[end : end + 1])
+            assert not answer.endswith(".") and stop == "." and re.search(r"\S$", question)
             told = before[: -len(question)]
             for value in answer.strip(" .").split(", "):
                 assert value in told, (question, answer)
@@ -236,21 +238,46 @@ def test_what_needs_longer_sequences_waits_for_them(mixture, make_task):
         dataclasses.replace(stories, segments=(1, 1)).check()
 
 
-def test_weights_and_density_change_by_constant_factors_with_the_length(mixture, make_task):
+def test_weights_change_by_constant_factors_with_the_length(mixture):
     lengths = (512, 2048)
     growing = dataclasses.replace(mixture, weights=(Ramp(8, 0.5, lengths), Ramp(2, 2, lengths)))
     np.testing.assert_allclose(growing.shares(512), [0.8, 0.2])
     np.testing.assert_allclose(growing.shares(1024), [0.5, 0.5])
     np.testing.assert_allclose(growing.shares(2048), [0.2, 0.8])
     assert Ramp(3, 7, (512, 512)).at(512) == 7
-    source = make_task(density=Ramp(20.0, 2.0, lengths))
 
-    def questions(length):
-        rows = [source.row(np.random.default_rng(seed), length) for seed in range(40)]
-        return [int(np.sum(np.diff(row.answers.astype(int)) == 1)) for row in rows]
 
-    assert 5 < np.mean(questions(512)) < 12 and 2.5 < np.mean(questions(2048)) < 5
-    assert questions(2048).count(1) >= 2  # some have a single one
+@pytest.mark.parametrize("length, density", [(2048, 4.0), (4096, 2.0), (8192, 1.0)])
+def test_questions_are_as_dense_as_the_length_has_it_but_some_are_alone(make_task, length, density):
+    source = make_task(density=Ramp(4.0, 1.0, (2048, 8192)))
+    rows = [source.row(np.random.default_rng(seed), length) for seed in range(80)]
+    questions = [int(np.sum(np.diff(row.answers.astype(int)) == 1)) for row in rows]
+    assert 0.5 < questions.count(1) / len(rows) / sources.ALONE < 1.6
+    others = [count for count in questions if count > 1]
+    # Half of the mean to one and a half times of it, all equally often.
+    mean = density * length / 1000
+    assert abs(np.mean(others) / mean - 1) < 0.15
+    assert min(others) >= int(0.5 * mean) and max(others) <= 1.5 * mean + 1
+
+
+def test_strange_haystacks_are_full_of_numbers_as_the_tokenizer_reads_them(home, tmp_path):
+    learnt = learn_tokenizer([(home / "book.txt").read_text()], SMALLEST + 100)
+    found = load_tokenizer(save_tokenizer(learnt, tmp_path / "tokenizer"))
+    text = corpus.tokenize_text(home / "book.txt", found, tmp_path)
+    source = sources.TaskSource(
+        "passkey",
+        (text,),
+        batch_encoder(found),
+        BOS,
+        0.25,
+        Ramp(1, 1, (4096, 4096)),
+        256,
+        noise=1.0,
+    )
+    row = source.row(np.random.default_rng(0), 4096)
+    numbers = [token for token in found.convert_ids_to_tokens(row.ids) if token.isdecimal()]
+    count = [sum(len(number) == digits for number in numbers) for digits in (1, 2, 3)]
+    assert 0 < count[0] < count[1] < count[2] and count[2] > 0.8 * len(numbers) > 300
 
 
 def test_facts_are_worded_in_all_the_forms_that_are_named(make_task, tokenizer):

@@ -162,6 +162,45 @@ def test_steps_lower_the_loss(config):
     assert losses[-1] < 0.7 * losses[0] and float(metrics["gradient_norm"]) > 0
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_penalty_closes_gates_that_write_too_much(accumulate):
+    config = small(rule="gated_delta")
+    before, batch = random_params(config, scale=0.2), make_batch(config)
+    optimizer = make_optimizer(1e-2)
+    step = make_train_step(config, optimizer, accumulate=accumulate, watch=True)
+
+    def after(penalty):
+        params, state = jax.tree.map(jnp.copy, before), optimizer.init(before)
+        for _ in range(6):
+            params, state, metrics = step(params, state, batch, write_penalty=penalty)
+        return float(metrics["written"][0])
+
+    share, less = after(0.0), after(10.0)
+    assert share > 0.3 and less < share - 0.05
+    first, _ = loss_and_gradient(before, batch, config=config)
+    _, _, metrics = step(
+        jax.tree.map(jnp.copy, before), optimizer.init(before), batch, write_penalty=10.0
+    )
+    assert metrics["loss"] == pytest.approx(
+        float(first), rel=1e-5
+    )  # it is no part of what is measured
+
+
+def test_only_what_is_written_beyond_the_free_share_of_a_row_is_penalised():
+    config = small(rule="gated_delta")
+    optimizer = make_optimizer(1e-2)
+    step = make_train_step(config, optimizer)
+
+    def after(penalty, *free):
+        params = random_params(config, scale=0.2)
+        batch = make_batch(config).replace(free=jnp.array(free))
+        return step(params, optimizer.init(params), batch, write_penalty=penalty)[0]
+
+    close(after(10.0, 1.0, 1.0), after(0.0, 1.0, 1.0), 0)
+    with pytest.raises(AssertionError):
+        close(after(10.0, 1.0, 0.0), after(0.0, 1.0, 0.0), 1e-3)
+
+
 def test_groups_have_their_learning_rates_and_decay():
     params = jax.tree.map(jnp.ones_like, random_params(small(rule="gated_delta")))
     gradients = jax.tree.map(lambda leaf: 0.001 * jnp.ones_like(leaf), params)

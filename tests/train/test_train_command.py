@@ -1,10 +1,12 @@
 """The command: it teaches, it ends as it says, and what was stopped goes on as if it had not been."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,10 +15,13 @@ from teaching import add_digits, equal_trees
 
 import gemma_jax
 from gemma_jax.checkpoint import store
+from gemma_jax.config import GemmaConfig
+from gemma_jax.tasks.recall import VALUES
 from gemma_jax.text import encode
 from gemma_jax.train import command as train_command
-from gemma_jax.train import loop, options, record
+from gemma_jax.train import loop, options, record, start
 from gemma_jax.train.saving import Checkpoints
+from gemma_jax.train.tokenizer import SMALLEST
 
 SHORT = ("--steps", 8, "--log-steps", 2, "--checkpoint-steps", 3)
 
@@ -175,11 +180,18 @@ def test_an_interrupted_run_is_saved_and_goes_on(command, carrying, tmp_path, mo
 
 
 def test_a_model_from_scratch_may_learn_its_tokenizer(command, scratch, home, tmp_path):
-    one = tmp_path / "one"
-    done = command(*scratch, "--steps", 1, "--output", one, "--tokenizer", "new:420")
+    one, size = tmp_path / "one", SMALLEST + 420
+    config = GemmaConfig.from_json((home / "tiny.json").read_text())
+    larger = dataclasses.replace(config, vocab_size=size)
+    (tmp_path / "larger.json").write_text(larger.to_json())
+    new = ("--config", tmp_path / "larger.json", "--tokenizer", f"new:{size}")
+    data = ("--data", "task:digits", "task:mqar=0.01", "--segments", 8)
+    done = command(*scratch, "--steps", 1, "--output", one, *new, *data)
     assert done.code == 0, done.err
     found = gemma_jax.load(one).tokenizer
-    assert len(encode(found, " the")) == 1 and len(found) <= 420
+    assert len(encode(found, " the")) == 1 and len(found) <= size
+    assert [len(encode(found, f" {value}")) for value in VALUES] == [1] * len(VALUES)
+    assert len(encode(found, " 123456")) == len(encode(found, " ")) + 2
     assert (one / "tokenizer.json").read_bytes() == (
         run_of(one) / "tokenizer" / "tokenizer.json"
     ).read_bytes()
@@ -271,11 +283,34 @@ def test_a_recipe_is_overridden_by_the_command_line(tmp_path):
     file.write_text('steps = 5\nlearning-rate = 0.5\ndata = ["text:a=2", "task:b"]\nquiet = true\n')
     found = options.parse(["--recipe", str(file), "--learning-rate", "0.25"])
     assert (found.steps, found.learning_rate, found.quiet) == (5, 0.25, True)
-    assert found.data == [("text", "a", 2.0), ("task", "b", 1.0)]
+    assert found.data == [("text", "a", (2.0, 2.0)), ("task", "b", (1.0, 1.0))]
+    file.write_text(
+        'data = ["task:b=4:0.5", "text:x=y.txt"]\ndensity = "12:2"\nconfig = "shape.json"\n'
+    )
+    (tmp_path / "shape.json").write_text("{}")
+    found = options.parse(["--recipe", str(file)])
+    assert found.data == [("task", "b", (4.0, 0.5)), ("text", "x=y.txt", (1.0, 1.0))]
+    assert found.density == (12.0, 2.0) and found.config == str(tmp_path / "shape.json")
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps({"steps": 7, "segments": "2:8", "resume": False}))
     found = options.parse(["--recipe", str(file)])
     assert (found.steps, found.segments, found.resume) == (7, (2, 8), False)
+
+
+def test_recipes_that_come_with_the_package_are_known_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = options.parse(["--recipe", "demo"])
+    assert found.data and Path(found.config).is_file()
+    config = start.read_config(Path(found.config))
+    assert int(found.tokenizer.removeprefix(start.NEW)) <= config.vocab_size
+    Path("demo").write_text("steps = 7\n")
+    assert options.parse(["--recipe", "demo"]).steps == 7  # a file of one's own goes first
+
+
+def test_a_penalty_needs_a_rule_that_counts(command, scratch, tmp_path):
+    given = ["--steps", 1, "--output", tmp_path / "one", "--memory", "linear"]
+    done = command(*scratch, *given, "--write-penalty", 0.1)
+    assert done.code == 2 and "linear does not count what it writes" in done.err
 
 
 def test_a_quantised_model_has_its_memory_trained_alone(command, taught, tmp_path):
