@@ -94,8 +94,8 @@ class Leaf(Sheet):
         ]
 
     def uncertain(self, view: int) -> int | None:
-        """The last piece that is there for who sees the book up to `view`, if he might cut it otherwise,
-        as its end cannot be seen and it is long already."""
+        """The last piece that begins before `view`, if it may be cut otherwise by who sees no more: one
+        that is longer than pieces should be, and whose end cannot be seen."""
         held = int(np.searchsorted(self.seen, view, side="right")) - 1
         return held if view - self.seen[held] >= cutting.LONGEST else None
 
@@ -133,9 +133,10 @@ class Book:
     def runs(self, start: int, end: int | None, fresh: bool) -> Iterator[Piece | Run]:
         """What the text shows from one offset in the file to another.
 
-        A reader that is fed blocks sees the book up to `view`, cuts what it sees, and holds the last
-        piece. What sheets have is what it cuts where the end of a piece cannot be mistaken; it is done
-        as the reader does it elsewhere, and near the end of the part.
+        That is what `cutting.pieces` makes of blocks that begin at `start`: it sees the text up to
+        `view`, where a block ends, cuts what it sees, and holds the last piece. Pieces of leaves are
+        the same, but where a long one was cut since its end was out of view, and at the end of the
+        part: there, and until a leaf has a piece that begins at the same place, the text is cut anew.
         """
         last = len(self.raw) if end is None else end
         views = (self._offset(view) for view in range(start + BLOCK_BYTES, last, BLOCK_BYTES))
