@@ -142,7 +142,11 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     options = parse(arguments)
-    return run_command(lambda: compare(options), debug=options.debug)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return run_command(lambda: compare(options), debug=options.debug)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -332,5 +336,4 @@ def _stamp(recalled: Sequence[Recall]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     leave(main())
