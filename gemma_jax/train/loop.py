@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax.config import GLOBAL, GemmaConfig
+from gemma_jax.config import GemmaConfig
 from gemma_jax.errors import GemmaError
 from gemma_jax.inference.console import duration
-from gemma_jax.model import memory as memory_lib
 from gemma_jax.model.adapting import join
 from gemma_jax.model.scan import Remat
+from gemma_jax.train.carrying import begin_with, empty_memories, keep_newest
 from gemma_jax.train.data import Feeder, HostBatch, Mixture, choose_length
 from gemma_jax.train.plan import Plan
 from gemma_jax.train.probe import Probe
@@ -27,7 +27,6 @@ from gemma_jax.train.record import Record
 from gemma_jax.train.saving import Checkpoints, Progress
 from gemma_jax.train.step import (
     Batch,
-    Memories,
     compute_params,
     make_optimizer,
     make_train_step,
@@ -89,8 +88,8 @@ class Run:
             plan.accumulate,
         )
         self._carries = mixture.carried_rows > 0
-        self._empty = _empty_memories(config, 1)
-        carried = _empty_memories(config, mixture.carried_rows) if self._carries else ()
+        self._empty = empty_memories(config, 1)
+        carried = empty_memories(config, mixture.carried_rows) if self._carries else ()
         self.progress = Progress(0, 0.0, 0, [], trained, begin(trained), carried)
         parts = (trained, self.progress.optimizer_state, frozen or None)
         self._shapes = jax.eval_shape(lambda *parts: parts, *parts)
@@ -166,7 +165,7 @@ class Run:
         )
         memories = None
         if self._carries:
-            memories = jax.eval_shape(_begin, self._empty, self.progress.carried, start)
+            memories = jax.eval_shape(begin_with, self._empty, self.progress.carried, start)
         trained, state, frozen = self._shapes
         batch = Batch(ids, ids, weights, answers, free)
         return self._step.lower(trained, state, batch, memories, frozen, number, number)
@@ -183,7 +182,7 @@ class Run:
             jnp.asarray(made.answers),
             jnp.asarray(made.free),
         )
-        memories = _begin(self._empty, progress.carried, made.start) if self._carries else None
+        memories = begin_with(self._empty, progress.carried, made.start) if self._carries else None
         length = made.weights.shape[1]
         step = self._programs[length]
         progress.trained, progress.optimizer_state, metrics = step(
@@ -197,7 +196,7 @@ class Run:
         )
         memories = metrics.pop("memories")
         if self._carries:
-            progress.carried = _keep(progress.carried, memories)
+            progress.carried = keep_newest(progress.carried, memories)
         self._pending.append((progress.step, made, rate, metrics))
         progress.step += 1
         progress.tokens += made.tokens
@@ -435,27 +434,3 @@ def _programs(
         watch=True,
     )
     return jax.jit(optimizer.init), step
-
-
-def _empty_memories(config: GemmaConfig, rows: int) -> Memories:
-    rule = memory_lib.make_rule(config)
-    return tuple(rule.init(rows) if kind == GLOBAL else {} for kind in config.layer_types)
-
-
-@jax.jit
-def _begin(empty: Memories, carried: Memories, start: Any) -> Memories:
-    """Memories that sequences begin with: those kept at `start` [B], or empty ones (FRESH)."""
-
-    def choose(empty: Any, kept: Any) -> Any:
-        there = (start >= 0).reshape(-1, *[1] * (kept.ndim - 1))
-        return jnp.where(there, kept[jnp.maximum(start, 0)], empty)
-
-    return jax.tree.map(choose, empty, carried)
-
-
-@jax.jit
-def _keep(carried: Memories, memories: Memories) -> Memories:
-    """The memories kept for later sequences: the newest first."""
-    return jax.tree.map(
-        lambda kept, new: jnp.concatenate([new, kept])[: len(kept)], carried, memories
-    )
