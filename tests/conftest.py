@@ -6,11 +6,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # the user's own is left alone
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
 CHECKED = ("attention", "delta", "layers", "memory", "transformer")
 install_import_hook([f"gemma_jax.model.{module}" for module in CHECKED], "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_module_are_dropped():
+    """Each compiled program holds memory maps, of which Linux allows a process 65,530."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
