@@ -8,12 +8,15 @@ from this module alone.
 
 import dataclasses
 import enum
+import functools
 import itertools
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gemma_jax.cuts import safe_cuts
 from gemma_jax.errors import InputError, UsageError
@@ -153,6 +156,13 @@ class BatchEncoder:
                 f"The text has code points that are not characters ({error})."
             ) from error
         return [encoding.ids for encoding in encodings]
+
+    @functools.cached_property
+    def text_ids(self) -> np.ndarray:
+        """Ids [n] of the tokens that texts are made of: all but those that steer the model."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        control = [i for i, token in added.items() if token.special]
+        return np.setdiff1d(list(self.tokenizer.get_vocab().values()), control)
 
 
 def batch_encoder(tokenizer: Any) -> BatchEncoder:

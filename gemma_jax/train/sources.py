@@ -188,7 +188,7 @@ class TaskSource:
         places = items.places(rng, room - tail, self.reach)
         hay, starts = _haystack(self.texts).cut(rng, room)
         if strange:
-            hay = _made_strange(rng, hay, self._numbers)
+            hay = _made_strange(rng, hay, self.encode.text_ids, self._numbers)
         parts: list[Part] = [(items.opening, ASKED)]
         put, done = items.parts, 0
         for i in np.argsort(places, kind="stable"):
@@ -286,12 +286,14 @@ class _Items:
         return np.concatenate([facts, np.array(asked)])
 
 
-def _made_strange(rng: np.random.Generator, hay: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+def _made_strange(
+    rng: np.random.Generator, hay: np.ndarray, any_ids: np.ndarray, numbers: np.ndarray
+) -> np.ndarray:
     """Blocks of a haystack in another order, of any tokens, or full of numbers.
 
     Texts that no training has seen must not be written into memory for being strange.
     """
-    of_any = rng.integers(hay.max(initial=0) + 1, size=len(hay))
+    of_any = rng.choice(any_ids, len(hay))
     counted = np.where(rng.uniform(size=len(hay)) < 0.5, rng.choice(numbers, len(hay)), hay)
     kinds = rng.integers(4, size=-(-len(hay) // NOISE_BLOCK))
     return np.choose(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gemma_jax.errors import InputError, UsageError
-from gemma_jax.text import batch_encoder, load_tokenizer
+from gemma_jax.text import batch_encoder, control_tokens, load_tokenizer
 from gemma_jax.train import command, corpus, sources
 from gemma_jax.train.data import FRESH, Feeder, Mixture, choose_length, make_batch
 from gemma_jax.train.plan import Ramp
@@ -275,6 +275,9 @@ def test_strange_haystacks_are_full_of_numbers_as_the_tokenizer_reads_them(home,
         noise=1.0,
     )
     row = source.row(np.random.default_rng(0), 4096)
+    control = set(control_tokens(found).values())
+    assert len(control) > 2 and not control & set(row.ids[1:].tolist())
+    assert len(set(row.ids.tolist())) > 0.4 * (len(found) - len(control))
     numbers = [token for token in found.convert_ids_to_tokens(row.ids) if token.isdecimal()]
     count = [sum(len(number) == digits for number in numbers) for digits in (1, 2, 3)]
     assert 0 < count[0] < count[1] < count[2] and count[2] > 0.8 * len(numbers) > 300
