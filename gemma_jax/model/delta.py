@@ -98,23 +98,36 @@ _solve_by_inverse.defvjp(_solve_forward, _solve_backward)
 
 
 def _inverse(lower: Float[Array, "*b N N"]) -> Float[Array, "*b N N"]:
-    """(I + lower)^-1: of blocks on the diagonal by substitution, then of pairs of them."""
+    """(I + lower)^-1: of small blocks on the diagonal by substitution, then of pairs of them.
+
+    N is SMALL_BLOCK times a power of two.
+    """
+    size, done = lower.shape[-1], SMALL_BLOCK
+    found = _substitute(_on_diagonal(lower, done))
+    while done < size:  # the inverse of [[A, 0], [B, C]] has -C^-1 B A^-1 in the place of B
+        first, last = found[..., 0::2, :, :], found[..., 1::2, :, :]
+        between = _on_diagonal(lower, 2 * done)[..., done:, :done]
+        between = -einsum("...NM,...MJ->...NJ", einsum("...NM,...MJ->...NJ", last, between), first)
+        found = jnp.block([[first, jnp.zeros_like(first)], [between, last]])
+        done *= 2
+    return found[..., 0, :, :]
+
+
+def _on_diagonal(x: Float[Array, "*b N N"], size: int) -> Float[Array, "*b n size size"]:
+    """The blocks on the diagonal."""
+    cut = x.reshape(*x.shape[:-2], -1, size, x.shape[-1] // size, size)
+    return jnp.moveaxis(jnp.diagonal(cut, axis1=-4, axis2=-2), -1, -3)
+
+
+def _substitute(lower: Float[Array, "*b N N"]) -> Float[Array, "*b N N"]:
+    """(I + lower)^-1, row by row."""
     size = lower.shape[-1]
-    if size > SMALL_BLOCK:
-        half = size // 2
-        first, last = (_inverse(lower[..., at, at]) for at in (slice(half), slice(half, size)))
-        between = einsum("...NM,...MJ->...NJ", last, lower[..., half:, :half])
-        between = -einsum("...NM,...MJ->...NJ", between, first)
-        above = jnp.zeros((*lower.shape[:-2], half, size - half))
-        return jnp.block([[first, above], [between, last]])
 
-    def substitute(row: Array, found: Array) -> Array:
+    def next_row(row: Array, found: Array) -> Array:
         factors = jax.lax.dynamic_index_in_dim(lower, row, axis=-2, keepdims=False)
-        change = einsum("...M,...MJ->...J", factors, found)
-        return found.at[..., row, :].add(-change)
+        return found.at[..., row, :].add(-einsum("...M,...MJ->...J", factors, found))
 
-    start = jnp.broadcast_to(jnp.eye(size), lower.shape)
-    return jax.lax.fori_loop(1, size, substitute, start)
+    return jax.lax.fori_loop(1, size, next_row, jnp.broadcast_to(jnp.eye(size), lower.shape))
 
 
 def _delta_map_by_kernel(key: Array, value: Array, gate: Array) -> tuple[Array, Array]:

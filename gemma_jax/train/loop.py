@@ -174,7 +174,8 @@ class Run:
 
     def _advance(self, made: HostBatch) -> None:
         progress, plan = self.progress, self._plan
-        rate = plan.rate(progress.step, self._share(progress.step))
+        done = self._share(progress.step)
+        rate = plan.rate(progress.step, done)
         batch = Batch(
             jnp.asarray(made.ids[:, :-1]),
             jnp.asarray(made.ids[:, 1:]),
@@ -192,7 +193,7 @@ class Run:
             memories,
             self.frozen or None,
             np.float32(rate),
-            np.float32(plan.penalty(length, self._mixture.lengths)),
+            np.float32(plan.penalty(done, self._mixture.growth)),
         )
         memories = metrics.pop("memories")
         if self._carries:

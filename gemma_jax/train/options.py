@@ -273,7 +273,7 @@ def make_parser() -> ArgumentParser:
         0.0,
         metavar="P",
         type=real(0),
-        help="on writing more tokens than were planted, in long sequences",
+        help="on writing more tokens than were planted, rising to P from --growth on",
     )
     add(group, "--clip-norm", 1.0, metavar="N", type=positive, help="of the gradient")
     add(group, "--b1", 0.9, metavar="B", type=real(0, 1), help="of AdamW")

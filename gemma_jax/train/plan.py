@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
-SPARED = 4  # times the shortest sequences: as long as that they are spared a penalty
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -38,7 +36,7 @@ class Plan:
         warmup: steps until they are there.
         schedule: how they fall, over the whole budget, to `final_rate` of it.
         accumulate, chunk_tokens, remat: see `make_train_step`.
-        write_penalty: of the longest sequences, see `penalty`.
+        write_penalty: at the end, see `penalty`.
         log_steps: of a row of the log.
         probe_steps: between two probes; 0: only at the end.
         checkpoint_minutes, checkpoint_steps: between two checkpoints, whichever comes first.
@@ -67,13 +65,17 @@ class Plan:
     checkpoint_steps: int | None = None
     stop_minutes: float | None = None
 
-    def penalty(self, length: int, lengths: Sequence[int]) -> float:
-        """`make_train_step`'s `write_penalty` for sequences of this length.
+    def penalty(self, done: float, growth: float) -> float:
+        """`make_train_step`'s `write_penalty` when a share `done` of the budget is spent.
 
-        None in short ones, in which remembering is of little use yet: gates would close for good.
+        None before the longest sequences have come, at `growth`: while little depends on what is
+        remembered, gates would close for good.
         """
-        low, high = min(SPARED * lengths[0], lengths[-1] // 2), lengths[-1]
-        return self.write_penalty * max(0.0, (length - low) / (high - low))
+        return (
+            self.write_penalty * (min(done, 1.0) - growth) / (1.0 - growth)
+            if done > growth
+            else 0.0
+        )
 
     def rate(self, step: int, done: float) -> float:
         """The learning rate of a step at which this share of the budget is spent."""

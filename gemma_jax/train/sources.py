@@ -232,9 +232,11 @@ class TaskSource:
         """
         for _ in range(TRIES):
             items = _Items(self, int(rng.integers(SEEDS)), depths.tolist())
-            if items.tokens <= (length if len(depths) == 1 else SHARE_OF_ITEMS * length):
+            limit = length if len(depths) == 1 else int(SHARE_OF_ITEMS * length)
+            if items.tokens <= limit:
                 return items
-            depths = depths[::2]
+            fewer = max(1, min(len(depths) - 1, len(depths) * limit // items.tokens))
+            depths = depths[np.linspace(0, len(depths) - 1, fewer).astype(int)]
         return None
 
 

@@ -305,10 +305,13 @@ def make_train_step(
 
     Parameters (float32) and the optimiser's state (`optimizer.init(params)`) are consumed; `state` is
     as in `batch_loss`, and memories alone with `accumulate` above 1. `frozen` is the rest of a model of
-    which `params` are a part, see `adapting.join`; `rate` multiplies the learning rates. `write_penalty`
-    times the share of the tokens that is written beyond the batch's `free`, mean of rows, heads and layers
-    that count it, is minimised with the loss and no part of the `loss` that is measured. A step whose loss
+    which `params` are a part, see `adapting.join`; `rate` multiplies the learning rates. A step whose loss
     or gradient is not finite changes nothing.
+
+    `write_penalty` times log(1 + tokens written beyond the batch's `free` ones), mean of rows, heads and
+    layers that count them, is minimised with the loss and no part of the `loss` that is measured. By the
+    logarithm the last of too many writes costs most: over millions of tokens, it matters whether a gate
+    opens seldom or never.
 
     Metrics are scalars: `loss`, and `gradient_norm` before clipping. With `watch` also
 
@@ -335,8 +338,8 @@ def make_train_step(
         minimised = found.loss
         if shares := written_shares(config, state, memories):
             free = 0.0 if batch.free is None else batch.free[:, None]
-            excess = jnp.maximum(jnp.stack(shares) - free, 0.0)
-            minimised += write_penalty / accumulate * jnp.mean(excess)
+            excess = batch.tokens.shape[1] * jnp.maximum(jnp.stack(shares) - free, 0.0)
+            minimised += write_penalty / accumulate * jnp.mean(jnp.log1p(excess))
         return minimised, (found, finite, memories)
 
     slope = jax.grad(scores, has_aux=True)

@@ -77,7 +77,7 @@ def home(tmp_path_factory):
         "tokens-per-step": 256,
         "density": 10,
         "carry": 0,
-        "write-penalty": 0.1,
+        "write-penalty": 0.01,
         "log-steps": 5,
         "checkpoint-steps": 3,
     }
@@ -243,7 +243,7 @@ def test_a_rule_of_ones_own_is_named_to_every_command(home):
 def test_only_rules_that_count_what_they_write_pay_for_it(home, rule, penalised):
     found = Learner(options("--recipe", str(home / "recipe.json")), rule, 0)
     told = train_options.parse(found.training_options)
-    assert told.write_penalty == (0.1 if penalised else 0)
+    assert told.write_penalty == (0.01 if penalised else 0)
     assert told.memory == rule.removesuffix("_sigmoid")
 
 

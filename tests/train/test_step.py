@@ -186,6 +186,29 @@ def test_a_penalty_closes_gates_that_write_too_much(accumulate):
     )  # it is no part of what is measured
 
 
+def test_the_penalty_is_the_mean_logarithm_of_the_tokens_written_too_much():
+    config = small(rule="gated_delta")
+    batch = make_batch(config).replace(free=jnp.array([0.0, 0.25]))
+    step = make_train_step(config, optax.sgd(1.0))
+
+    def penalty(params):
+        state = gemma_jax.init_state(config, 2)
+        _, state = gemma_jax.forward(params, batch.tokens, state, config=config)
+        written = state.layers[0].memory["written"]  # [rows, heads]; the last segment is not
+        share = written / state.layers[0].memory["offered"]
+        return jnp.log1p(jnp.maximum(share - batch.free[:, None], 0.0) * LENGTH).mean()
+
+    def after(penalty):
+        return step(
+            random_params(config, scale=0.2), optax.sgd(1.0).init(0), batch, write_penalty=penalty
+        )[0]
+
+    moved = jax.tree.map(jnp.subtract, after(0.0), after(3.0))
+    wanted = jax.tree.map(lambda x: 3.0 * x, jax.grad(penalty)(random_params(config, scale=0.2)))
+    close(moved, wanted, 1e-3)
+    assert np.abs(wanted["layers_0"]["attention"]["memory"]["write_bias"]).min() > 0.1
+
+
 def test_only_what_is_written_beyond_the_free_share_of_a_row_is_penalised():
     config = small(rule="gated_delta")
     optimizer = make_optimizer(1e-2)
