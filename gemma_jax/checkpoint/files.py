@@ -26,12 +26,18 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `path` when the block ends well, and vanishes otherwise."""
+    """A temporary directory that becomes `path` when the block ends well, and vanishes otherwise.
+
+    Its files can be read by whom the directory can be: some libraries make theirs for their owner alone.
+    """
     with _temporary(path) as temporary:
         content = temporary / "new"
         content.mkdir()
         yield content
+        readable = content.stat().st_mode & 0o666
         for file in (*content.rglob("*"), content):
+            if file.is_file():
+                file.chmod(readable)
             _flush(file)
         _replace(path, content, temporary / "old")
         _flush(path.parent)

@@ -1,13 +1,15 @@
 """Checkpoints on disk: damage is found, foreign code is refused, other directories are explained."""
 
 import json
+import os
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import gemma_jax
-from gemma_jax.checkpoint import store
+from gemma_jax.checkpoint import files, store
 from gemma_jax.checkpoint.convert import convert
 from gemma_jax.errors import CorruptError, InputError
 
@@ -102,3 +104,18 @@ def test_another_rule_starts_from_fresh_parameters(checkpoint):
     assert set(memory) == {"gate", "write_kernel", "write_bias"}
     assert not np.asarray(memory["gate"]).any()
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), base.params, model.params))
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_files_can_be_read_by_whom_the_directory_can_be(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        with files.new_directory(tmp_path / "made") as content:
+            save_file({"x": np.zeros(1)}, content / "private.safetensors")
+            (content / "private.safetensors").chmod(0o600)
+            (content / "below").mkdir()
+            (content / "below" / "plain.json").write_text("{}")
+    finally:
+        os.umask(before)
+    found = [file for file in (tmp_path / "made").rglob("*") if file.is_file()]
+    assert len(found) == 2 and {file.stat().st_mode & 0o777 for file in found} == {mode}

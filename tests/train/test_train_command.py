@@ -14,6 +14,7 @@ import pytest
 from teaching import add_digits, equal_trees
 
 import gemma_jax
+from gemma_jax.checkpoint import adapter as adapters
 from gemma_jax.checkpoint import store
 from gemma_jax.config import GemmaConfig
 from gemma_jax.tasks.recall import VALUES
@@ -305,6 +306,16 @@ def test_recipes_that_come_with_the_package_are_known_by_name(tmp_path, monkeypa
     assert int(found.tokenizer.removeprefix(start.NEW)) <= config.vocab_size
     Path("demo").write_text("steps = 7\n")
     assert options.parse(["--recipe", "demo"]).steps == 7  # a file of one's own goes first
+
+
+def test_the_recipe_of_adapters_gives_a_model_another_memory(command, taught, home, tmp_path):
+    small = ["--segments", 4, "--tokens-per-step", 64, "--steps", 1, "--rank", 2]
+    data = ["--data", f"text:{home / 'book.txt'}"]
+    given = ["--recipe", "adapter", "--model", taught, "--output", tmp_path / "one"]
+    done = command(*given, *small, *data)
+    assert done.code == 0, done.err
+    adapter = adapters.read(tmp_path / "one")
+    assert (adapter.memory.rule, adapter.trained) == ("selective_delta", "lora")
 
 
 def test_a_penalty_needs_a_rule_that_counts(command, scratch, tmp_path):
