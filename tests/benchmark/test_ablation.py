@@ -12,16 +12,21 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from reference import tiny_config
 
 import gemma_jax
 from benchmarks import ablation, ablation_page, jobs
 from benchmarks.ablation_page import Figure
-from benchmarks.learners import START, VARIANTS, Learner, Start, shape, waves
+from benchmarks.learners import START, VARIANTS, Learner, Start, common_options, shape, waves
 from gemma_jax import random_model
 from gemma_jax.benchmark import records
+from gemma_jax.checkpoint import store
+from gemma_jax.config import GemmaConfig
 from gemma_jax.train import options as train_options
+from gemma_jax.train.result import write_model
 
 ROOT = Path(gemma_jax.__file__).parent.parent
 START_STEPS, STEPS = 6, 12
@@ -336,6 +341,41 @@ def test_without_a_start_nothing_is_tried_until_there_is_one(arguments, tmp_path
     fails.clear()
     assert ablation.main(arguments) == 0
     assert begun[:2] == ["training of start"] * 2 and begun.count("training of start") == 2
+
+
+@pytest.fixture
+def given(home, tmp_path):
+    """Two models without memory, and the configuration of one with."""
+    config = GemmaConfig.from_json((home / "tiny.json").read_text()).with_memory(rule="off")
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), gemma_jax.abstract_params(config))
+    write_model(tmp_path / "zeros", config, params, home, {})
+    write_model(tmp_path / "ones", config, jax.tree.map(jnp.ones_like, params), home, {})
+    (tmp_path / "linear").mkdir()
+    (tmp_path / "linear" / store.CONFIG).write_text(config.with_memory(rule="linear").to_json())
+    store.write_manifest(tmp_path / "linear")
+    return tmp_path
+
+
+def test_a_model_that_is_given_is_what_all_go_on_from(
+    arguments, given, failing, capsys, monkeypatch
+):
+    def compare(start):
+        return ablation.main([*arguments, "--start", str(start)])
+
+    at = arguments.index("--start-steps")
+    del arguments[at : at + 2]
+    monkeypatch.chdir(given)
+    assert compare("zeros") == 0 and not any("start" in name for name in failing[1])
+    rules = {figure.rule for figure in records.read(given / "ablation.json", Figure)}
+    assert rules == {"off", "gated_delta"}
+    assert "--start zeros" in (given / "ablation.md").read_text()
+    told = common_options(options("--start", "zeros"))
+    assert told[told.index("--model") + 1] == str(given / "zeros")
+    assert compare(given / "zeros") == 0
+    assert compare("ones") == 2 and "(start was" in capsys.readouterr().err
+    assert compare("linear") == 2
+    assert "linear has a memory of rule linear" in capsys.readouterr().err
+    assert compare("nowhere") == 3
 
 
 def test_the_start_has_a_card_for_itself(arguments, monkeypatch, failing):
