@@ -228,9 +228,9 @@ def check(options: argparse.Namespace, start: Start, learners: Sequence[Learner]
         raise UsageError(
             "There is nothing to go on from: give --start-minutes M, --start-steps N or --start DIR."
         )
+    require_distance(options)
     for model in [*([] if start.is_given else [start]), *learners]:
         command.check(train_options.parse(model.training_options))
-    require_distance(options)
 
 
 def require_distance(options: argparse.Namespace) -> None:

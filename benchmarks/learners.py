@@ -198,11 +198,18 @@ def shape(options: argparse.Namespace) -> GemmaConfig:
     """What all rules are put into: the start's configuration, with what their recipe changes of it.
 
     Raises:
-        UsageError: the start has a memory, or its recipe trains no model from scratch.
+        UsageError: the start has a memory, its recipe trains no model from scratch, or theirs one of
+            its own.
         InputError: there is no start where one is said to be.
     """
     config = _given(options.start) if options.start else _from_scratch(options.start_recipe)
-    return _with_settings(config, _told(options.recipe))
+    told = _told(options.recipe)
+    if told.model or told.preset or told.config or told.tokenizer:
+        raise UsageError(
+            f"{options.recipe} has a model of its own, and all rules go on from the start: move what it"
+            " says of it to the --start-recipe."
+        )
+    return _with_settings(config, told)
 
 
 def _given(start: str) -> GemmaConfig:

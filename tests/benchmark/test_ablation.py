@@ -320,6 +320,17 @@ def failing(monkeypatch):
     return fails, begun
 
 
+@pytest.mark.parametrize(
+    "option, recipe, said",
+    [("--recipe", "start", "has a model of its own"), ("--start-recipe", "recipe", "from scratch")],
+)
+def test_the_shape_is_in_the_recipe_of_the_start_alone(
+    arguments, home, capsys, option, recipe, said
+):
+    assert ablation.main([*arguments, option, str(home / f"{recipe}.json")]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_rule_that_fails_is_named_and_the_others_are_shown(arguments, tmp_path, failing, capsys):
     fails, _ = failing
     fails.append("gated_delta-1")
@@ -365,6 +376,7 @@ def test_a_model_that_is_given_is_what_all_go_on_from(
     at = arguments.index("--start-steps")
     del arguments[at : at + 2]
     monkeypatch.chdir(given)
+    assert ablation.main(arguments) == 2 and "nothing to go on from" in capsys.readouterr().err
     assert compare("zeros") == 0 and not any("start" in name for name in failing[1])
     rules = {figure.rule for figure in records.read(given / "ablation.json", Figure)}
     assert rules == {"off", "gated_delta"}
