@@ -134,6 +134,7 @@ def test_a_killed_ablation_goes_on_and_shows_every_rule(arguments, tmp_path, mon
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
     }
+    arguments = [*arguments, "--seeds", "1", "--jobs", "1"]
     command = [sys.executable, "-m", "benchmarks.ablation", *arguments]
 
     def start():
@@ -145,34 +146,34 @@ def test_a_killed_ablation_goes_on_and_shows_every_rule(arguments, tmp_path, mon
     def finished():
         return {path: path.stat().st_mtime_ns for path in models.glob("*/training.json")}
 
-    for trained, is_killed in ((0, "start"), (3, "*-1")):
+    for trained, is_killed in ((0, "start"), (2, "gated_delta-1")):
         process = start()
         while not list(models.glob(f"{is_killed}.training/checkpoints/step-*/step.json")):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         kill_with_children(process)
         first = finished()
-        assert len(first) == trained and not list(models.glob(f"{is_killed}/training.json"))
+        assert len(first) == trained and not (models / is_killed / "training.json").exists()
     assert "going on after step" in (logs / "start.train.log").read_text()
 
     again = start()
     printed, said = again.communicate(timeout=300)
     assert again.returncode == 0, said
     assert first.items() <= finished().items()
-    assert any("going on after step" in log.read_text() for log in logs.glob("*-1.train.log"))
+    assert "going on after step" in (logs / "gated_delta-1.train.log").read_text()
 
     found = {figure.name: figure for figure in records.read(tmp_path / "ablation.json", Figure)}
     for rule in ("off", "gated_delta"):
         recall = found[f"ablation_{rule}_mqar_512"]
-        assert recall.seeds == [0, 1] and len(recall.repeats) == 2 and recall.questions == 4
-        assert recall.value == sum(recall.repeats) / 2 and recall.device
-        assert found[f"ablation_{rule}_steps"].repeats == [STEPS, STEPS]
-        assert found[f"ablation_{rule}_tokens_read"].repeats == [256 * STEPS] * 2
+        assert recall.seeds == [1] and len(recall.repeats) == 1 and recall.questions == 4
+        assert 0 <= recall.value <= 1 and recall.device
+        assert found[f"ablation_{rule}_steps"].repeats == [STEPS]
+        assert found[f"ablation_{rule}_tokens_read"].repeats == [256 * STEPS]
     assert 0 < found["ablation_gated_delta_written"].value <= 1
     assert "ablation_off_written" not in found
     assert found["ablation_start_tokens_read"].repeats == [256 * START_STEPS]
     assert 0 <= found["ablation_start_answers"].value <= 1
-    assert "| gated_delta | 0, 1 |" in printed
+    assert "| gated_delta | 1 |" in printed
     page = (tmp_path / "ablation.md").read_text()
     assert f"--steps {STEPS}" in page and "--work" not in page and "--only" not in page
     assert re.search(rf"\| start \| `--memory off` \| 0 \| {START_STEPS} \| 0.0 \|", page)
@@ -184,10 +185,10 @@ def test_a_killed_ablation_goes_on_and_shows_every_rule(arguments, tmp_path, mon
     monkeypatch.setattr(jobs.Machine, "_start", refuse)
     monkeypatch.setattr(sys, "argv", ["ablation", *arguments])
     before = (tmp_path / "ablation.json").read_text()
-    assert ablation.main() == 0 and "| gated_delta | 0, 1 |" in capsys.readouterr().out
+    assert ablation.main() == 0 and "| gated_delta | 1 |" in capsys.readouterr().out
     assert (tmp_path / "ablation.json").read_text() == before
     # Other questions are no other training; a smaller part does not forget the rest.
-    assert ablation.main([*arguments, "--only", "off", "--seeds", "1"]) == 0
+    assert ablation.main([*arguments, "--only", "off"]) == 0
     assert (tmp_path / "ablation.json").read_text() == before
     assert ablation.main([*arguments, "--steps", "21"]) == 2
     assert f"(steps was {STEPS}, now 21)" in capsys.readouterr().err
@@ -297,15 +298,14 @@ def failing(monkeypatch):
     Returns how to say what fails, and the names of the jobs that were begun.
     """
     begun, fails = [], []
-    answers = {"off": 0.25, "gated_delta": 1.0}
+    answers = {"off-0": 0.25, "off-1": 0.75, "gated_delta-0": 1.0, "gated_delta-1": 1.0}
 
     def start(self, job, device):
         begun.append(job.name)
         code = int(any(name in job.name for name in fails))
         if not code and "evaluation" in job.name:
             place = Path(job.arguments[job.arguments.index("--record") + 1])
-            rule = job.name.split()[-1].rpartition("-")[0]
-            place.write_text(json.dumps([recall(accuracy=answers[rule])]))
+            place.write_text(json.dumps([recall(accuracy=answers[job.name.split()[-1]])]))
         elif not code:
             model = Path(job.arguments[job.arguments.index("--output") + 1])
             model.mkdir(parents=True)
@@ -337,7 +337,8 @@ def test_a_rule_that_fails_is_named_and_the_others_are_shown(arguments, tmp_path
     assert ablation.main(arguments) == 1
     said = capsys.readouterr()
     assert "1 jobs failed (training of gated_delta-1: see" in said.err
-    assert "| off | 0, 1 | 0.25 |" in said.out and "| gated_delta | 0 | 1.00 |" in said.out
+    assert "| off | 0, 1 | 0.50 (0.25 to 0.75) |" in said.out
+    assert "| gated_delta | 0 | 1.00 |" in said.out
     found = {figure.name: figure for figure in records.read(tmp_path / "ablation.json", Figure)}
     assert found["ablation_gated_delta_written"].repeats == [0.5]
 
