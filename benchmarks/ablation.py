@@ -1,27 +1,38 @@
-"""Compares memory rules: each is trained from one recipe with the same budget and several seeds, then
-asked what it recalls.
+"""Compares memory rules: all go on from one model without memory, each with the same recipe and budget
+and several seeds, and are asked what they recall.
 
-    python -m benchmarks.ablation --minutes 3 --jobs 9 --devices 0,1
+    python -m benchmarks.ablation --start-minutes 1.5 --minutes 2.5 --jobs 9 --devices 0,1
 
-A training for each rule and seed (`gemma_jax.train`), an evaluation of each model
-(`gemma_jax.evaluate`), then records, a page and a plot. `--work` keeps all of it: the same command goes
-on where it was interrupted, and does nothing that is finished again.
+One training from scratch, then one for each rule and seed (`gemma_jax.train`), an evaluation of each
+model (`gemma_jax.evaluate`), then records, a page and a plot. `--work` keeps all of it: the same
+command goes on where it was interrupted, and does nothing that is finished again.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import shlex
 import signal
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import ablation_page
 from benchmarks.ablation_page import Figure
 from benchmarks.jobs import Job, Machine, alone
-from benchmarks.learners import VARIANTS, Learner, common_options, shape, waves
+from benchmarks.learners import (
+    START,
+    VARIANTS,
+    Learner,
+    Start,
+    Trained,
+    common_options,
+    label,
+    shape,
+    waves,
+)
 from gemma_jax.benchmark import records
 from gemma_jax.errors import GemmaError, UsageError
 from gemma_jax.evaluate.options import several
@@ -51,17 +62,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--seeds", metavar="S", nargs="+", default=[0, 1, 2], type=whole(0), help="(default: 0 1 2)"
     )
-    group = parser.add_argument_group("the training")
-    group.add_argument(
-        "--recipe",
-        metavar="FILE",
-        default="benchmarks/ablation.toml",
-        help="options of gemma_jax.train (default: %(default)s)",
-    )
-    budget = group.add_mutually_exclusive_group()
-    positive = number(float)(0, above=True)
-    budget.add_argument("--minutes", metavar="M", type=positive, help="the budget of each")
-    budget.add_argument("--steps", metavar="N", type=count, help="the same in steps")
+    group = parser.add_argument_group("what all go on from, a model without memory")
+    start = add_training(group, "start-", "benchmarks/ablation.start.toml")
+    start.add_argument("--start", metavar="DIR", help="a model that was trained with --memory off")
+    group = parser.add_argument_group("the training of each")
+    add_training(group, "", "benchmarks/ablation.toml")
     group = parser.add_argument_group("what is asked")
     group.add_argument(
         "--task", metavar="A,B", default="mqar,passkey", help="(default: %(default)s)"
@@ -121,11 +126,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def add_training(group: Any, prefix: str, recipe: str) -> Any:
+    """Adds options of a training; returns the group of which one may be given."""
+    group.add_argument(
+        f"--{prefix}recipe",
+        metavar="FILE",
+        default=recipe,
+        help="options of gemma_jax.train (default: %(default)s)",
+    )
+    budget, positive = group.add_mutually_exclusive_group(), number(float)(0, above=True)
+    budget.add_argument(f"--{prefix}minutes", metavar="M", type=positive, help="the budget")
+    budget.add_argument(f"--{prefix}steps", metavar="N", type=count, help="the same in steps")
+    return budget
+
+
 def variant(text: str) -> str:
     """An argument type: a name of `VARIANTS`, or a rule of one's own."""
-    if text not in VARIANTS and ":" not in text:
+    if text in VARIANTS:
+        return text
+    if ":" not in text:
         known = ", ".join(VARIANTS)
         raise argparse.ArgumentTypeError(f"there is no rule {text!r}: choose of {known}")
+    if label(text) in (START, *VARIANTS):
+        raise argparse.ArgumentTypeError(
+            f"{text} would be called {label(text)}, as another is here: rename the class"
+        )
     return text
 
 
@@ -156,8 +181,9 @@ def compare(options: argparse.Namespace) -> None:
         GemmaError: some of it failed; everything else is written all the same.
     """
     console = Console(quiet=options.quiet, debug=options.debug)
+    start = Start(options)
     learners = [Learner(options, rule, seed) for seed in options.seeds for rule in options.only]
-    check(options, learners)
+    check(options, start, learners)
     work = Path(options.work)
     for name in ("models", "recall", "logs"):
         (work / name).mkdir(parents=True, exist_ok=True)
@@ -168,8 +194,8 @@ def compare(options: argparse.Namespace) -> None:
     with alone(work, wait) as lock:
         keep_settings(work / "settings.json", options)
         machine = Machine(tuple(options.devices.split(",")), options.jobs, lock)
-        failed = run_all(learners, machine, console)
-        figures = list(measured(finished(options), command_of(options)))
+        failed = run_all(start, learners, machine, console)
+        figures = list(measured(start, list(finished(options)), command_of(options)))
         if figures:
             file = Path(options.record)
             records.append(file, figures)
@@ -188,7 +214,7 @@ def compare(options: argparse.Namespace) -> None:
 # --- before anything is run -----------------------------------------------------------------------
 
 
-def check(options: argparse.Namespace, learners: Sequence[Learner]) -> None:
+def check(options: argparse.Namespace, start: Start, learners: Sequence[Learner]) -> None:
     """Raises what is wrong with the options before anything long begins."""
     from gemma_jax import tasks
     from gemma_jax.train import command
@@ -198,16 +224,20 @@ def check(options: argparse.Namespace, learners: Sequence[Learner]) -> None:
         tasks.make(name, forms=options.forms, haystack=options.filler)
     if not Path(options.record).absolute().parent.is_dir():
         raise UsageError(f"{options.record} has no directory: choose another --record.")
-    for learner in learners:
-        command.check(train_options.parse(learner.training_options))
+    if not (options.start or options.start_minutes or options.start_steps):
+        raise UsageError(
+            "There is nothing to go on from: give --start-minutes M, --start-steps N or --start DIR."
+        )
     require_distance(options)
+    for model in [*([] if start.is_given else [start]), *learners]:
+        command.check(train_options.parse(model.training_options))
 
 
 def require_distance(options: argparse.Namespace) -> None:
     """Raises `UsageError` when local attention may know the answers at some length."""
     from gemma_jax.evaluate.haystack import reach
 
-    within = reach(shape(options.recipe))
+    within = reach(shape(options))
     shortest, depth = several(count)(options.lengths)[0], several(float)(options.depths)[0]
     if shortest * (1 - depth / 100) <= within:
         raise UsageError(
@@ -222,14 +252,7 @@ def keep_settings(file: Path, options: argparse.Namespace) -> None:
     Raises:
         UsageError: the models that are there were trained otherwise.
     """
-    from gemma_jax.train import options as train_options
-
-    told = train_options.parse(common_options(options))
-    own = {*train_options.PER_RUN, "seed", "memory", "write_gate"}
-    settings = {name: value for name, value in vars(told).items() if name not in own}
-    if told.config:
-        settings["config"] = hashlib.sha256(Path(told.config).read_bytes()).hexdigest()
-    settings = json.loads(json.dumps(settings))
+    settings = json.loads(json.dumps(settings_of(options)))
     if not file.exists() or not any((file.parent / "models").iterdir()):
         file.write_text(json.dumps(settings, indent=1) + "\n")
         return
@@ -240,6 +263,28 @@ def keep_settings(file: Path, options: argparse.Namespace) -> None:
                 f"{file.parent} holds models of another training ({name} was {before.get(name)}, now"
                 f" {settings.get(name)}): choose another --work."
             )
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """All that the trainings depend on but rule and seed; files by their hashes."""
+    from gemma_jax.checkpoint import store
+    from gemma_jax.train import options as train_options
+
+    start = Start(options)
+    told = {"": train_options.parse(common_options(options))}
+    if not start.is_given:
+        told["start_"] = train_options.parse(start.training_options)
+    left_out = {*train_options.PER_RUN, "seed", "memory", "write_gate", "model"}
+    settings = {
+        prefix + name: value
+        for prefix, some in told.items()
+        for name, value in vars(some).items()
+        if name not in left_out
+    }
+    if config := settings.get("start_config"):
+        settings["start_config"] = hashlib.sha256(Path(config).read_bytes()).hexdigest()
+    given = store.part_hashes(start.model)["weights"] if start.is_given else None
+    return {"start": given, **settings}
 
 
 def command_of(options: argparse.Namespace) -> str:
@@ -258,8 +303,10 @@ def command_of(options: argparse.Namespace) -> str:
 # --- running --------------------------------------------------------------------------------------
 
 
-def run_all(learners: Sequence[Learner], machine: Machine, console: Console) -> list[Job]:
-    """Trains, then evaluates; returns the jobs that failed."""
+def run_all(
+    start: Start, learners: Sequence[Learner], machine: Machine, console: Console
+) -> list[Job]:
+    """Trains, then evaluates; returns the jobs that failed. Without a start nothing else is tried."""
     failed: list[Job] = []
 
     def ended(job: Job, code: int) -> None:
@@ -267,6 +314,13 @@ def run_all(learners: Sequence[Learner], machine: Machine, console: Console) -> 
         if code:
             failed.append(job)
 
+    is_there = start.is_given or start.is_trained
+    if not is_there and not all(learner.is_trained for learner in learners):
+        console.line("training what all go on from")
+        whole = dataclasses.replace(machine, devices=machine.devices[:1], jobs=1)
+        whole.run([start.training], ended)
+        if failed:
+            return failed
     for wave in waves(learners, machine.slots):
         jobs = [learner.training for learner in wave if not learner.is_trained]
         if jobs:
@@ -295,44 +349,54 @@ def finished(options: argparse.Namespace) -> Iterator[Learner]:
                 yield learner
 
 
-def measured(learners: Iterable[Learner], command: str) -> Iterator[Figure]:
-    """Figures of each rule, over the seeds of its finished learners."""
-    from gemma_jax.train.options import find_recipe, read_recipe
-
-    learners = list(learners)
+def measured(start: Start, learners: Sequence[Learner], command: str) -> Iterator[Figure]:
+    """Figures of the start, and of each rule over the seeds of its finished learners."""
+    if learners and start.is_trained and not start.is_given:
+        everything = [recall for learner in learners for recall in learner.recalled()]
+        yield from _of_training([start], _about([start], command, everything))
     for rule in dict.fromkeys(learner.label for learner in learners):
-        found = [(learner, learner.recalled()) for learner in learners if learner.label == rule]
-        about = {
-            "rule": rule,
-            "command": command,
-            "seeds": [learner.seed for learner, _ in found],
-            "recipe": shlex.join(read_recipe(find_recipe(found[0][0].options.recipe))),
-            **_stamp([recall for _, recalled in found for recall in recalled]),
-        }
-        told = [learner.trained() for learner, _ in found]
-        for end in ablation_page.TRAINED:
-            if all(end in one for one in told):
-                unit = "s" if end == "seconds" else "1"
-                yield _figure(f"{rule}_{end}", unit, [one[end] for one in told], about)
-        for place in dict.fromkeys((recall.task, recall.tokens) for recall in found[0][1]):
-            cells = [r for _, recalled in found for r in recalled if (r.task, r.tokens) == place]
-            task, length = place
+        own = [learner for learner in learners if learner.label == rule]
+        answered = [recall for learner in own for recall in learner.recalled()]
+        about = _about(own, command, answered)
+        yield from _of_training(own, about)
+        for task, length in dict.fromkeys((recall.task, recall.tokens) for recall in answered):
+            cells = [r for r in answered if (r.task, r.tokens) == (task, length)]
             asked = {"task": task, "length": length, "chance": cells[0].chance}
             asked["questions"] = min(cell.trials for cell in cells)
             name = f"{rule}_{task}_{records.label(length)}"
             yield _figure(name, "1", [cell.accuracy for cell in cells], about | asked)
 
 
+def _of_training(models: Sequence[Trained], about: dict[str, Any]) -> Iterator[Figure]:
+    told = [model.trained() for model in models]
+    for end in ablation_page.TRAINED:
+        if all(end in one for one in told):
+            unit = "s" if end == "seconds" else "1"
+            yield _figure(f"{about['rule']}_{end}", unit, [one[end] for one in told], about)
+
+
+def _about(models: Sequence[Trained], command: str, recalled: Sequence[Recall]) -> dict[str, Any]:
+    """What all figures of some models have in common.
+
+    Where they come from is as the evaluations tell it: this process leaves the cards alone.
+    """
+    from gemma_jax.train.options import find_recipe, read_recipe
+
+    last = max(recalled, key=lambda recall: recall.date)
+    return {
+        "rule": models[0].label,
+        "seeds": [model.seed for model in models],
+        "recipe": shlex.join(read_recipe(find_recipe(models[0].recipe))),
+        "command": command,
+        "device": ", ".join(dict.fromkeys(recall.device for recall in recalled)),
+        "versions": last.versions,
+        "date": last.date,
+    }
+
+
 def _figure(name: str, unit: str, repeats: list[float], fields: dict[str, Any]) -> Figure:
     value = statistics.mean(repeats)
     return Figure(name=f"ablation_{name}", value=value, unit=unit, repeats=repeats, **fields)
-
-
-def _stamp(recalled: Sequence[Recall]) -> dict[str, Any]:
-    """Where the figures come from, as the evaluations tell it: this process leaves the cards alone."""
-    devices = dict.fromkeys(recall.device for recall in recalled)
-    last = max(recalled, key=lambda recall: recall.date)
-    return {"device": ", ".join(devices), "versions": last.versions, "date": last.date}
 
 
 if __name__ == "__main__":

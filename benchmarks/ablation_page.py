@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.learners import VARIANTS
+from benchmarks.learners import START, VARIANTS
 from gemma_jax.benchmark.records import Record, read
 from gemma_jax.evaluate.heatmap import short
 
@@ -22,7 +22,8 @@ SPREAD = 1.035  # between points of one length, so that none hides another
 
 @dataclasses.dataclass(frozen=True)
 class Figure(Record):
-    """A figure of one rule: `repeats` has one value for each of `seeds`, `value` is their mean.
+    """A figure of one rule: `repeats` has one value for each of `seeds`, `value` is their mean. Rule
+    `START` is the model that all others go on from.
 
     Of recall: the share of `questions` about `task` that were answered after `length` tokens; `chance`
     answers as many without the text. Of the training `task` and `length` are None.
@@ -64,9 +65,9 @@ def by_command(figures: Sequence[Figure]) -> list[list[Figure]]:
 
 
 def rules(figures: Sequence[Figure]) -> list[str]:
-    """The rules that were compared: ours in their order, then others."""
+    """Of these figures: the start, our rules in their order, then others."""
     found = dict.fromkeys(figure.rule for figure in figures)
-    return sorted(found, key=lambda rule: [*VARIANTS, rule].index(rule))
+    return sorted(found, key=lambda rule: [START, *VARIANTS, rule].index(rule))
 
 
 def page(sections: Sequence[Sequence[Figure]], plots: Sequence[str], source: str) -> str:
@@ -74,11 +75,12 @@ def page(sections: Sequence[Sequence[Figure]], plots: Sequence[str], source: str
     lines = [
         "# Memory rules compared",
         "",
-        f"Made from `{source}` by `python -m benchmarks.ablation_page`. Each rule is trained from one"
-        " recipe, with the same budget and several seeds; then the models answer questions about texts"
-        " of several lengths. Facts stand beyond the reach of local attention, and a text holds as many"
-        " at any length: what is lost with length was forgotten. Means of the seeds, with the lowest"
-        " and the highest.",
+        f"Made from `{source}` by `python -m benchmarks.ablation_page`. All rules go on from one start, a"
+        " model without memory that answers from what local attention sees: each with fresh parameters"
+        " of its memory, the same recipe and budget, and several seeds. Then the models answer questions"
+        " about texts of several lengths. Facts stand beyond the reach of local attention, and a text"
+        " holds as many at any length: what is lost with length was forgotten. Means of the seeds, with"
+        " the lowest and the highest.",
         "",
     ]
     for figures, picture in zip(sections, plots, strict=True):
@@ -100,8 +102,9 @@ def _section(figures: Sequence[Figure], picture: str) -> list[str]:
     for task in dict.fromkeys(figure.task for figure in recall):
         lines += recall_table(task, [figure for figure in recall if figure.task == task])
     lines += training_table([figure for figure in figures if not figure.task])
-    for recipe in dict.fromkeys(figure.recipe for figure in figures):
-        lines += ["The recipe, beside which each rule has its own options:", ""]
+    for recipe, rule in {figure.recipe: figure.rule for figure in figures}.items():
+        whose = "start's recipe" if rule == START else "rules' recipe, beside options of their own"
+        lines += [f"The {whose}:", ""]
         lines += ["```", f"python -m gemma_jax.train {recipe}", "```", ""]
     return lines
 
@@ -128,7 +131,7 @@ def recall_table(task: str, figures: Sequence[Figure]) -> list[str]:
 
 
 def training_table(figures: Sequence[Figure]) -> list[str]:
-    """What each rule's training took and came to."""
+    """What the start's and each rule's training took and came to."""
     lines = [
         "## Training",
         "",
@@ -137,7 +140,8 @@ def training_table(figures: Sequence[Figure]) -> list[str]:
     ]
     for rule in rules(figures):
         own = [figure for figure in figures if figure.rule == rule]
-        options = f"`{' '.join(VARIANTS.get(rule, ()))}`" if rule in VARIANTS else ""
+        told = VARIANTS.get("off" if rule == START else rule)
+        options = f"`{' '.join(told)}`" if told else ""
         cells = [
             _cell(next((f for f in own if f.name.endswith(f"_{end}")), None), scale, decimals)
             for end, (_, scale, decimals) in TRAINED.items()

@@ -1,4 +1,4 @@
-"""A model from scratch begins with numbers of the right size."""
+"""A model from scratch begins with numbers of the right size, one that exists with its own."""
 
 import dataclasses
 
@@ -8,7 +8,10 @@ import pytest
 from reference import tiny_config
 
 import gemma_jax
-from gemma_jax.train.start import fresh_params
+from gemma_jax.model.adapting import split
+from gemma_jax.train import options
+from gemma_jax.train.result import write_model
+from gemma_jax.train.start import fresh_params, make_model
 
 
 def config_of(width, rule="selective_delta"):
@@ -40,3 +43,39 @@ def test_shapes_are_those_of_the_model():
     config = config_of(32)
     shapes = jax.tree.map(lambda x: x.shape, fresh_params(config, jax.random.key(0)))
     assert shapes == jax.tree.map(lambda x: x.shape, gemma_jax.abstract_params(config))
+
+
+@pytest.fixture(scope="module")
+def without_memory(home, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "off"
+    config = dataclasses.replace(config_of(32, "off"), vocab_size=2048)
+    rng, shapes = np.random.default_rng(0), gemma_jax.abstract_params(config)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), shapes)
+    write_model(path, config, params, home, {})
+    return path
+
+
+@pytest.mark.parametrize(
+    "rule, write_gate",
+    [
+        ("off", "sigmoid"),
+        ("linear", "hard_sigmoid"),
+        ("gated_delta", "sigmoid"),
+        ("gated_delta", "hard_sigmoid"),
+        ("selective_delta", "sigmoid"),
+    ],
+)
+def test_a_model_without_memory_gets_a_fresh_one_of_the_rule_and_gate_that_are_asked_for(
+    without_memory, tmp_path, rule, write_gate
+):
+    given = ["--model", str(without_memory), "--train", "all", "--memory", rule]
+    asked = options.parse([*given, "--write-gate", write_gate])
+    config, params, _, _ = make_model(asked, [], tmp_path, lambda *_: None)
+    assert (config.memory.rule, config.memory.write_gate) == (rule, write_gate)
+    memory, others = split(params, "memory")
+    before = gemma_jax.load(without_memory)
+    assert config.with_memory(rule="off", write_gate="hard_sigmoid") == before.config
+    jax.tree.map(np.testing.assert_array_equal, others, before.params)
+    wanted = gemma_jax.abstract_params(config)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, wanted)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(memory))
