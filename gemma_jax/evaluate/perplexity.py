@@ -7,8 +7,7 @@ Hugging Face transformers with full attention. All compute in float32 unless tol
 import argparse
 import dataclasses
 import json
-import lzma
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ import numpy as np
 from gemma_jax.errors import InputError
 
 PIECE_TOKENS = 8192  # read at once
-PIECE_CHARS = 65_536  # of a compressed text, decompressed at once
 LOGITS_TOKENS = 256  # turned into logits at once
 BIN_TOKENS = 5000  # of a row of the output
 
@@ -57,33 +55,17 @@ def read_ids(model: Any, file: str, tokens: int | None) -> np.ndarray:
     Raises:
         InputError: the file cannot be read, or is too short.
     """
-    from gemma_jax.inference.documents import Documents
+    from gemma_jax.inference.documents import read_text
     from gemma_jax.text import encode_prompt
 
     ids: list[int] = []
-    text = decompressed(file) if file.endswith(".xz") else Documents([file])
-    for some in encode_prompt(model.tokenizer, text, bos_id=model.config.bos_id):
+    for some in encode_prompt(model.tokenizer, read_text(file), bos_id=model.config.bos_id):
         ids += some
         if tokens and len(ids) >= tokens:
             break
     if len(ids) < (tokens or 2):
         raise InputError(f"{file} has only {len(ids)} tokens: choose a longer text, or --tokens.")
     return np.array(ids[:tokens], np.int32)
-
-
-def decompressed(file: str) -> Iterator[str]:
-    """The text of an `.xz` file in pieces, as `Documents` gives that of another.
-
-    Raises:
-        InputError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        with lzma.open(file, "rt", encoding="utf-8-sig", newline="") as text:
-            while piece := text.read(PIECE_CHARS):
-                yield piece
-    except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"{file} cannot be read ({reason}): name a text file.") from error
 
 
 def token_nll(model: Any, ids: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import hashlib
 import io
+import lzma
 import os
 import stat
 import sys
@@ -18,8 +19,27 @@ from gemma_jax.errors import InputError, UsageError
 
 ENCODING_ERRORS = ("strict", "replace")
 READ_BYTES = 65_536
+READ_CHARS = 65_536  # of a compressed file
 _BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def read_text(file: str) -> Iterator[str]:
+    """The text of one file in pieces; one whose name ends in `.xz` is decompressed.
+
+    Raises:
+        InputError: it cannot be read, is empty, or is not UTF-8.
+    """
+    if not file.endswith(".xz"):
+        yield from Documents([file])
+        return
+    try:
+        with lzma.open(file, "rt", encoding="utf-8-sig", newline="") as text:
+            while piece := text.read(READ_CHARS):
+                yield piece
+    except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{file} cannot be read ({reason}): name a text file.") from error
 
 
 @dataclasses.dataclass(frozen=True)

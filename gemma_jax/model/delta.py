@@ -65,7 +65,8 @@ def _delta_map(key: Array, value: Array, gate: Array) -> tuple[Array, Array]:
 
 
 def solve(lower: Float[Array, "*b N N"], right: Float[Array, "*b N J"]) -> Float[Array, "*b N J"]:
-    """X of (I + lower) X = right, with `lower` strictly lower triangular.
+    """X of (I + lower) X = right, with `lower` strictly lower triangular; N is SMALL_BLOCK times a
+    power of two.
 
     On CPUs without LAPACK: its solver shares out a batch to the threads that run the program and waits
     for them, for ever when all of them are at solvers of their own.
@@ -98,10 +99,7 @@ _solve_by_inverse.defvjp(_solve_forward, _solve_backward)
 
 
 def _inverse(lower: Float[Array, "*b N N"]) -> Float[Array, "*b N N"]:
-    """(I + lower)^-1: of small blocks on the diagonal by substitution, then of pairs of them.
-
-    N is SMALL_BLOCK times a power of two.
-    """
+    """(I + lower)^-1: of small blocks on the diagonal by substitution, then of pairs of them."""
     size, done = lower.shape[-1], SMALL_BLOCK
     found = _substitute(_on_diagonal(lower, done))
     while done < size:  # the inverse of [[A, 0], [B, C]] has -C^-1 B A^-1 in the place of B

@@ -7,7 +7,6 @@ file and of the tokenizer. Readers map them into memory, so that processes share
 import dataclasses
 import hashlib
 import json
-import lzma
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from gemma_jax.errors import InputError
-from gemma_jax.inference.documents import Documents
+from gemma_jax.inference.documents import read_text
 from gemma_jax.text import encode, encode_stream
 
 SPACE_MARKS = "▁Ġ \n"  # how tokenizers write the space that begins a word; and a new line
-READ_CHARS = 2**16
 CLOSERS = "\"'”’)]*_"  # may stand between the end of a sentence and the space behind it
 
 OnText = Callable[[Path, int], None]  # a file, and how many of its ids there are so far
@@ -107,7 +105,7 @@ def tokenize_text(file: Path, tokenizer: Any, cache: Path, on_text: OnText | Non
     """The ids of a text file (`.xz`: compressed), from the cache if it holds them."""
 
     def make() -> tuple[np.ndarray, np.ndarray]:
-        ids = _joined(_counted(encode_stream(tokenizer, read_text(file)), file, on_text))
+        ids = _joined(_counted(encode_stream(tokenizer, read_text(str(file))), file, on_text))
         return ids, sentence_starts(ids, tokenizer)
 
     return Text(*_kept(cache, _key(file, tokenizer, "text"), ("ids", "starts"), make))
@@ -160,18 +158,9 @@ def sentence_starts(ids: np.ndarray, tokenizer: Any) -> np.ndarray:
     return np.flatnonzero(is_start)
 
 
-def read_text(file: Path) -> Iterator[str]:
-    if file.suffix != ".xz":
-        yield from Documents([str(file)])
-        return
-    with lzma.open(file, "rt", encoding="utf-8") as stream:
-        while piece := stream.read(READ_CHARS):
-            yield piece
-
-
 def _read_jsonl(file: Path) -> Iterator[dict[str, str]]:
     fields: set[str] | None = None
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -71,11 +71,9 @@ class Plan:
         None before the longest sequences have come, at `growth`: while little depends on what is
         remembered, gates would close for good.
         """
-        return (
-            self.write_penalty * (min(done, 1.0) - growth) / (1.0 - growth)
-            if done > growth
-            else 0.0
-        )
+        if done <= growth:
+            return 0.0
+        return self.write_penalty * (min(done, 1.0) - growth) / (1.0 - growth)
 
     def rate(self, step: int, done: float) -> float:
         """The learning rate of a step at which this share of the budget is spent."""

@@ -16,11 +16,11 @@ from gemma_jax import tasks
 from gemma_jax.checkpoint import store
 from gemma_jax.config import PRESETS, GemmaConfig
 from gemma_jax.errors import InputError, UsageError
+from gemma_jax.inference.documents import read_text
 from gemma_jax.model.adapting import is_memory
 from gemma_jax.model.memory import make_rule
 from gemma_jax.model.transformer import Params, init_params
 from gemma_jax.text import load_tokenizer
-from gemma_jax.train.corpus import read_text
 from gemma_jax.train.tokenizer import learn_tokenizer, save_tokenizer
 
 DEFAULT_RULE = "gated_delta"
@@ -69,7 +69,7 @@ def make_model(
         home = directory / "tokenizer"
         if not (home / "tokenizer.json").is_file():
             tell("learning a tokenizer", 0, None)
-            content = itertools.chain.from_iterable(map(read_text, texts))
+            content = itertools.chain.from_iterable(map(read_text, map(str, texts)))
             size, words = new_size(options.tokenizer), answer_words(options)
             save_tokenizer(learn_tokenizer(content, size, words), home)
     else:

@@ -17,16 +17,6 @@ def empty_shelf(monkeypatch):
     monkeypatch.setattr(shelf, "_books", {})
 
 
-@pytest.fixture
-def book(tmp_path):
-    def write(content, name="book.txt"):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
-
-
 def prose(seed, *, words=6000, stop=0.1, paragraph=0.01, longest=8, letters="abcdefgh", closing=1):
     rng, parts = random.Random(seed), []
     for _ in range(words):

@@ -20,16 +20,6 @@ def squeezed(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-@pytest.fixture
-def book(tmp_path):
-    def write(content, name="book.txt"):
-        path = tmp_path / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return str(path)
-
-    return write
-
-
 PROSE = "".join(
     f"Sentence {number} is about the sea, and about nothing else at all." + "  \n"[number % 3]
     for number in range(3000)

@@ -167,11 +167,12 @@ def test_records_are_whole_and_their_answers_count(tmp_path, tokenizer):
         (['{"prompt": "a"}'], 1),
         (['{"text": 3}'], 1),
         (["the people"], 1),
+        (['{"text": "the people"}', '{"text": "caf\udce9"}'], 2),
     ],
 )
 def test_lines_that_are_no_records_are_named(tmp_path, tokenizer, lines, line):
     file = tmp_path / "bad.jsonl"
-    file.write_text("\n".join(lines))
+    file.write_text("\n".join(lines), errors="surrogateescape")  # a byte that is no UTF-8
     with pytest.raises(InputError, match=f"line {line} "):
         corpus.tokenize_jsonl(file, tokenizer, tmp_path, bos_id=BOS, end_id=1)
 
@@ -258,6 +259,19 @@ def test_questions_are_as_dense_as_the_length_has_it_but_some_are_alone(make_tas
     mean = density * length / 1000
     assert abs(np.mean(others) / mean - 1) < 0.15
     assert min(others) >= int(0.5 * mean) and max(others) <= 1.5 * mean + 1
+
+
+def test_questions_fill_the_room_there_is_for_them(make_task):
+    length = 1000
+    source = dataclasses.replace(
+        make_task("niah_multikey_1"), density=Ramp(60, 60, (length, length))
+    )
+    shares = [
+        source.row(np.random.default_rng(seed), length).planted / length for seed in range(40)
+    ]
+    full = [share for share in shares if share > 0.2]  # others ask one question alone
+    assert len(full) > 25 and np.mean(full) > 0.9 * sources.SHARE_OF_ITEMS
+    assert max(shares) <= sources.SHARE_OF_ITEMS + 0.01
 
 
 def test_strange_haystacks_are_full_of_numbers_as_the_tokenizer_reads_them(home, tmp_path):

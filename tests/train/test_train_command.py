@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import lzma
 import os
 import shutil
 import signal
@@ -306,6 +307,17 @@ def test_recipes_that_come_with_the_package_are_known_by_name(tmp_path, monkeypa
     assert int(found.tokenizer.removeprefix(start.NEW)) <= config.vocab_size
     Path("demo").write_text("steps = 7\n")
     assert options.parse(["--recipe", "demo"]).steps == 7  # a file of one's own goes first
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"no xz", lzma.compress(b"It ends here. " * 999)[:-30], lzma.compress(b"caf\xe9. " * 99)],
+)
+def test_a_compressed_text_that_cannot_be_read_is_named(command, taught, tmp_path, content):
+    (tmp_path / "bad.xz").write_bytes(content)
+    given = ["--model", taught, "--data", f"text:{tmp_path / 'bad.xz'}", "--steps", 1]
+    done = command(*given, "--output", tmp_path / "one")
+    assert done.code == 3 and "bad.xz cannot be read" in done.err
 
 
 def test_the_recipe_of_adapters_gives_a_model_another_memory(command, taught, home, tmp_path):
