@@ -64,22 +64,14 @@ def _delta_map(key: Array, value: Array, gate: Array) -> tuple[Array, Array]:
     return keep[0], add[0]
 
 
+@jax.custom_vjp
 def solve(lower: Float[Array, "*b N N"], right: Float[Array, "*b N J"]) -> Float[Array, "*b N J"]:
     """X of (I + lower) X = right, with `lower` strictly lower triangular; N is SMALL_BLOCK times a
     power of two.
 
-    On CPUs without LAPACK: its solver shares out a batch to the threads that run the program and waits
-    for them, for ever when all of them are at solvers of their own.
+    Not by `triangular_solve`: cuBLAS's takes longer, and LAPACK's shares out a batch to the threads
+    that run the program and waits for them, for ever when all of them are at solvers of their own.
     """
-    if jax.default_backend() == "cpu":
-        return _solve_by_inverse(lower, right)
-    return jax.lax.linalg.triangular_solve(
-        lower + jnp.eye(lower.shape[-1]), right, left_side=True, lower=True, unit_diagonal=True
-    )
-
-
-@jax.custom_vjp
-def _solve_by_inverse(lower: Array, right: Array) -> Array:
     return einsum("...NM,...MJ->...NJ", _inverse(lower), right)
 
 
@@ -95,7 +87,7 @@ def _solve_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, Arr
     return -jnp.tril(einsum("...NJ,...MJ->...NM", of_right, solved), -1), of_right
 
 
-_solve_by_inverse.defvjp(_solve_forward, _solve_backward)
+solve.defvjp(_solve_forward, _solve_backward)
 
 
 def _inverse(lower: Float[Array, "*b N N"]) -> Float[Array, "*b N N"]:

@@ -33,7 +33,7 @@ from gemma_jax.model.weights import Weight, declare_weight, product
 Params = dict[str, Any]
 
 # JAX's names of what `keep_products` keeps; the last is cuDNN's attention.
-PRODUCTS = ("dot_general", "triangular_solve", "dot_product_attention_fwd_wrapper")
+PRODUCTS = ("dot_general", "dot_product_attention_fwd_wrapper")
 
 
 class MemoryParams(nn.Module):
