@@ -153,6 +153,8 @@ def make_data(
 
     ends = tuple(n * config.memory.segment_length for n in options.segments)
     cache, end_id = directory / "ids", (config.eos_ids or (config.bos_id,))[0]
+    encode = batch_encoder(tokenizer)
+    noise = sources.Noise(options.noise, encode)
 
     def text(file: Path) -> corpus.Text:
         def told(file: Path, ids: int) -> None:
@@ -164,12 +166,12 @@ def make_data(
         weight = options.language_weight
         if kind == "task":
             hay = tuple(text(file) for file in filler(options))
-            encode, reach = batch_encoder(tokenizer), config.memory.reach
+            reach = config.memory.reach
             task = (what, hay, encode, config.bos_id, weight, Ramp(*options.density, ends), reach)
-            return [sources.TaskSource(*task, options.noise, tuple(options.forms))]
+            return [sources.TaskSource(*task, noise, tuple(options.forms))]
         if kind == "text":
             texts = tuple(text(file) for file in matches(what))
-            return [sources.TextSource(texts, config.bos_id, weight)]
+            return [sources.TextSource(texts, config.bos_id, weight, noise)]
         ids = {"bos_id": config.bos_id, "end_id": end_id}
         found = [corpus.tokenize_jsonl(file, tokenizer, cache, **ids) for file in matches(what)]
         return [

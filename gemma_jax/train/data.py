@@ -106,14 +106,12 @@ class HostBatch:
         ids: [B, T + 1] int32; the last is only predicted.
         weights: [B, T] float32, of the predictions.
         answers: [B, T] bool.
-        free: [B] float32, share of the tokens that may be worth remembering.
         start: [B] int32, which of the kept memories a sequence begins with, or FRESH.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     answers: np.ndarray
-    free: np.ndarray
     start: np.ndarray
 
     @property
@@ -139,7 +137,6 @@ def make_batch(mixture: Mixture, step: int, progress: float) -> HostBatch:
         np.stack([row.ids for row in rows]),
         np.stack([row.weights[1:] for row in rows]),
         np.stack([row.answers[1:] for row in rows]),
-        np.array([row.planted / length for row in rows], np.float32),
         start.astype(np.int32),
     )
 

@@ -152,14 +152,13 @@ class Run:
     def _lower(self, length: int) -> jax.stages.Lowered:
         """The step for sequences of a length, to be compiled."""
         rows = self._mixture.rows(length)
-        ids, weights, answers, start, free, number = (
+        ids, weights, answers, start, number = (
             jax.ShapeDtypeStruct(shape, dtype)
             for shape, dtype in (
                 ((rows, length), np.int32),
                 ((rows, length), np.float32),
                 ((rows, length), np.bool_),
                 ((rows,), np.int32),
-                ((rows,), np.float32),
                 ((), np.float32),
             )
         )
@@ -167,7 +166,7 @@ class Run:
         if self._carries:
             memories = jax.eval_shape(begin_with, self._empty, self.progress.carried, start)
         trained, state, frozen = self._shapes
-        batch = Batch(ids, ids, weights, answers, free)
+        batch = Batch(ids, ids, weights, answers)
         return self._step.lower(trained, state, batch, memories, frozen, number, number)
 
     # --- a step -----------------------------------------------------------------------------------
@@ -181,7 +180,6 @@ class Run:
             jnp.asarray(made.ids[:, 1:]),
             jnp.asarray(made.weights),
             jnp.asarray(made.answers),
-            jnp.asarray(made.free),
         )
         memories = begin_with(self._empty, progress.carried, made.start) if self._carries else None
         length = made.weights.shape[1]

@@ -223,7 +223,7 @@ def make_parser() -> ArgumentParser:
         0.0,
         metavar="P",
         type=real(0, 1),
-        help="share of the tasks' sequences with random tokens and numbers between the facts",
+        help="share of the sequences whose text is strange: full of signs, numbers, random tokens",
     )
     add(group, "--segments", (4, 32), metavar="LOW:HIGH", type=segments, help="of a sequence")
     add(
@@ -273,7 +273,7 @@ def make_parser() -> ArgumentParser:
         0.0,
         metavar="P",
         type=real(0),
-        help="on writing more tokens than were planted, rising to P from --growth on",
+        help="times the logarithm of how many tokens are written, rising to P from --growth on",
     )
     add(group, "--clip-norm", 1.0, metavar="N", type=positive, help="of the gradient")
     add(group, "--b1", 0.9, metavar="B", type=real(0, 1), help="of AdamW")

@@ -36,7 +36,7 @@ class Plan:
         warmup: steps until they are there.
         schedule: how they fall, over the whole budget, to `final_rate` of it.
         accumulate, chunk_tokens, remat: see `make_train_step`.
-        write_penalty: at the end, see `penalty`.
+        write_penalty: at its height, see `penalty`.
         log_steps: of a row of the log.
         probe_steps: between two probes; 0: only at the end.
         checkpoint_minutes, checkpoint_steps: between two checkpoints, whichever comes first.
@@ -69,11 +69,12 @@ class Plan:
         """`make_train_step`'s `write_penalty` when a share `done` of the budget is spent.
 
         None before the longest sequences have come, at `growth`: while little depends on what is
-        remembered, gates would close for good.
+        remembered, gates would close for good. From there it rises to its height in half of the
+        time that is left, so that gates close while rates are high.
         """
         if done <= growth:
             return 0.0
-        return self.write_penalty * (min(done, 1.0) - growth) / (1.0 - growth)
+        return self.write_penalty * min(1.0, 2.0 * (done - growth) / (1.0 - growth))
 
     def rate(self, step: int, done: float) -> float:
         """The learning rate of a step at which this share of the budget is spent."""

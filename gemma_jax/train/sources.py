@@ -7,6 +7,7 @@ when it is first used. `shortest` is the least length that makes sense, `files` 
 
 import dataclasses
 import functools
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +27,11 @@ SHARE_OF_ITEMS = 0.7  # of a sequence at most; the rest is haystack
 NEAR = 0.25  # share of the questions asked within local attention's reach of their fact
 AT_THE_END = 0.35  # share asked when everything was read, as tests do
 NOISE_BLOCK = 64  # tokens
-ALONE = 0.15  # share of the sequences with one question, among much that is not to be remembered
-HAY, ASKED, ANSWER = range(3)  # what a piece of a sequence is: a text's, a task's, an answer
-Part = tuple[Any, int]  # ids, and what they are
+MOST_MARKS, LONGEST_MARK = 12, 6  # what is strewn over a text: pieces, and tokens of one
+MOST_MARKED = 0.2  # share of its tokens
+COUNTED = 4096  # numbers to choose from
+ALONE = 0.3  # share of the sequences with one question, among much that is not to be remembered
+Part = tuple[Any, bool]  # ids of a piece of a sequence, and whether it is an answer
 SEEDS = 2**31  # of episodes
 TRIES = 16  # to find an episode that is not too long
 
@@ -41,22 +44,79 @@ class Row:
         ids: [T] int32.
         weights: [T] float32, how much it counts that each is predicted.
         answers: [T] bool, whether it belongs to an answer.
-        planted: tokens that stand in no text by themselves, which may be worth remembering.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     answers: np.ndarray
-    planted: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Makes what no text looks like, to learn that nothing of it is to be remembered for being strange.
+
+    Texts that are read later have signs, names and layouts that those of the training never show.
+
+    Attributes:
+        share: of the stretches of text that are made strange.
+        encode: the tokenizer's.
+    """
+
+    share: float
+    encode: BatchEncoder
+
+    @functools.cached_property
+    def _numbers(self) -> np.ndarray:
+        return np.unique(np.concatenate(self.encode(NUMBERS)))
+
+    @functools.cached_property
+    def _in_figures(self) -> list[np.ndarray]:
+        """Numbers of one to eight digits, as texts have them."""
+        values = 10 ** np.random.default_rng(0).uniform(0, 8, COUNTED)
+        return [np.array(ids) for ids in self.encode([f" {int(value)}" for value in values])]
+
+    @functools.cached_property
+    def _signs(self) -> np.ndarray:
+        return np.unique(np.concatenate(self.encode([*string.punctuation, "\n"])))
+
+    def make(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
+        """Of a stretch of text: with strange marks all over it, or other tokens in blocks."""
+        made = self._marked(rng, ids) if rng.uniform() < 0.5 else self._mixed(rng, ids)
+        return made.astype(np.int32)
+
+    def _marked(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
+        """With a few short pieces again and again, of any tokens or of signs, and with numbers."""
+        made = ids.copy()
+        lengths = rng.integers(1, LONGEST_MARK + 1, size=rng.integers(1, MOST_MARKS + 1))
+        kinds = (self.encode.text_ids, self._signs)
+        marks = [rng.choice(kinds[rng.integers(len(kinds))], length) for length in lengths]
+        share_of_numbers = rng.uniform()
+        covered = rng.uniform(0, MOST_MARKED) * len(ids)
+        for at in rng.integers(len(ids), size=int(covered / lengths.mean())):
+            strewn = self._in_figures if rng.uniform() < share_of_numbers else marks
+            mark = strewn[rng.integers(len(strewn))][: len(ids) - at]
+            made[at : at + len(mark)] = mark
+        return made
+
+    def _mixed(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
+        """Blocks are as they were, in another order, of any tokens, or full of numbers."""
+        of_any = rng.choice(self.encode.text_ids, len(ids))
+        counted = np.where(
+            rng.uniform(size=len(ids)) < 0.5, rng.choice(self._numbers, len(ids)), ids
+        )
+        kinds = rng.integers(4, size=-(-len(ids) // NOISE_BLOCK))
+        kinds = np.repeat(kinds, NOISE_BLOCK)[: len(ids)]
+        return np.choose(kinds, [ids, rng.permutation(ids), of_any, counted])
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:
-    """Stretches of texts, each after a BOS."""
+    """Stretches of texts, each after a BOS; some of them noise, which nobody has to predict."""
 
     texts: tuple[Text, ...]
     bos_id: int
     language_weight: float
+    noise: Noise | None = None
 
     @property
     def files(self) -> list[str]:
@@ -69,8 +129,11 @@ class TextSource:
 
     def row(self, rng: np.random.Generator, length: int) -> Row:
         ids, _ = _haystack(self.texts).cut(rng, length - 1)
-        weights = np.full(length, self.language_weight, np.float32)
-        return Row(_joined([[self.bos_id], ids]), weights, np.zeros(length, bool), planted=0)
+        strange = self.noise is not None and rng.uniform() < self.noise.share
+        if strange:
+            ids = self.noise.make(rng, ids)
+        weights = np.full(length, 0.0 if strange else self.language_weight, np.float32)
+        return Row(_joined([[self.bos_id], ids]), weights, np.zeros(length, bool))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +153,7 @@ class RecordSource:
     def row(self, rng: np.random.Generator, length: int) -> Row:
         book = _record_book(self.records)
         ids, weights, answers = (np.zeros(length, kind) for kind in (np.int32, np.float32, bool))
-        row = Row(ids, weights, answers, planted=length)
+        row = Row(ids, weights, answers)
         at = 0
         while (drawn := book.draw(rng, length - at)) is not None:
             ids, answer = drawn
@@ -112,7 +175,7 @@ class TaskSource:
         name: of the task.
         density: questions for 1,000 tokens, on average, by the length of the sequences.
         reach: tokens that local attention sees exactly.
-        noise: share of the sequences whose haystack is full of what no text looks like.
+        noise: what some of the haystacks are made into.
         forms: wordings of facts and questions, an episode in one of them, as `gemma_jax.tasks.make`
             knows them; likewise `keys`.
     """
@@ -124,7 +187,7 @@ class TaskSource:
     language_weight: float
     density: Ramp
     reach: int
-    noise: float = 0.0
+    noise: Noise | None = None
     forms: tuple[str, ...] = ("train",)
     keys: str = "train"
 
@@ -142,10 +205,6 @@ class TaskSource:
     def _tasks(self) -> list[Task]:
         return [tasks.make(self.name, forms=forms, keys=self.keys) for forms in self.forms]
 
-    @functools.cached_property
-    def _numbers(self) -> np.ndarray:
-        return np.unique(np.concatenate(self.encode(NUMBERS)))
-
     def episode(self, seed: int, depths: list[float]) -> Episode:
         """In the wording that the seed has."""
         return self._tasks[seed % len(self.forms)].episode(seed, depths)
@@ -159,8 +218,8 @@ class TaskSource:
         wanted = max(1, round(self.density.at(length) * length / 1000 * rng.uniform(0.5, 1.5)))
         wanted = 1 if rng.uniform() < ALONE else wanted
         spans = -(-wanted // self.most_questions)
-        strange = rng.uniform() < self.noise
-        parts: list[Part] = [([self.bos_id], ASKED)]
+        strange = self.noise is not None and rng.uniform() < self.noise.share
+        parts: list[Part] = [([self.bos_id], False)]
         filled = 1
         for i in range(spans):
             room = (length - filled) // (spans - i)
@@ -169,12 +228,10 @@ class TaskSource:
             )
             filled += room
         ids = _joined([part for part, _ in parts])
-        kinds = np.repeat([kind for _, kind in parts], [len(part) for part, _ in parts])
-        answers = kinds == ANSWER
+        answers = np.repeat([answer for _, answer in parts], [len(part) for part, _ in parts])
         language = 0.0 if strange else self.language_weight
         weights = np.where(answers, 1.0, language).astype(np.float32)
-        planted = sum(len(part) for part, kind in parts if kind != HAY)
-        return Row(ids, weights, answers, planted)
+        return Row(ids, weights, answers)
 
     def _span(
         self, rng: np.random.Generator, length: int, wanted: int, *, last: bool, strange: bool
@@ -182,20 +239,20 @@ class TaskSource:
         """One episode in exactly `length` tokens."""
         items = self._that_fit(rng, length, np.sort(rng.uniform(0, 1, wanted)))
         if items is None:
-            return [(_haystack(self.texts).cut(rng, length)[0], HAY)]
+            return [(_haystack(self.texts).cut(rng, length)[0], False)]
         room = length - items.tokens
         tail = min(int(rng.integers(self.reach // 2 + 1)), room // 4) if last else 0
         places = items.places(rng, room - tail, self.reach)
         hay, starts = _haystack(self.texts).cut(rng, room)
         if strange:
-            hay = _made_strange(rng, hay, self.encode.text_ids, self._numbers)
-        parts: list[Part] = [(items.opening, ASKED)]
+            hay = self.noise.make(rng, hay)
+        parts: list[Part] = [(items.opening, False)]
         put, done = items.parts, 0
         for i in np.argsort(places, kind="stable"):
             at = _at_sentence(starts, int(places[i]), done)
-            parts += [(hay[done:at], HAY), *put[i]]
+            parts += [(hay[done:at], False), *put[i]]
             done = at
-        return [*parts, (hay[done:], HAY)]
+        return [*parts, (hay[done:], False)]
 
     def asked_at_the_end(
         self, rng: np.random.Generator, length: int, questions: int, beyond: int
@@ -270,9 +327,9 @@ class _Items:
     @property
     def parts(self) -> list[list[Part]]:
         """Facts, and what is asked."""
-        stop = (self._stop, ASKED)  # no part of the answer: nobody has to remember it
-        asked = [[(question, ASKED), (answer, ANSWER), stop] for question, answer in self.asked]
-        return [[(fact, ASKED)] for fact in self.facts] + asked
+        stop = (self._stop, False)  # no part of the answer: nobody has to remember it
+        asked = [[(question, False), (answer, True), stop] for question, answer in self.asked]
+        return [[(fact, False)] for fact in self.facts] + asked
 
     def places(self, rng: np.random.Generator, room: int, reach: int) -> np.ndarray:
         """How much haystack, of `room` tokens, stands before each of `parts`."""
@@ -286,21 +343,6 @@ class _Items:
         if asked:
             asked[int(rng.integers(len(asked)))] = room
         return np.concatenate([facts, np.array(asked)])
-
-
-def _made_strange(
-    rng: np.random.Generator, hay: np.ndarray, any_ids: np.ndarray, numbers: np.ndarray
-) -> np.ndarray:
-    """Blocks of a haystack in another order, of any tokens, or full of numbers.
-
-    Texts that no training has seen must not be written into memory for being strange.
-    """
-    of_any = rng.choice(any_ids, len(hay))
-    counted = np.where(rng.uniform(size=len(hay)) < 0.5, rng.choice(numbers, len(hay)), hay)
-    kinds = rng.integers(4, size=-(-len(hay) // NOISE_BLOCK))
-    return np.choose(
-        np.repeat(kinds, NOISE_BLOCK)[: len(hay)], [hay, rng.permutation(hay), of_any, counted]
-    ).astype(np.int32)
 
 
 def _at_sentence(starts: np.ndarray, place: int, low: int) -> int:

@@ -38,14 +38,12 @@ class Batch:
         targets: the token that comes next, e.g. `tokens` one place on.
         weights: how much each prediction counts; 0 masks it.
         answers: whether a target is part of an answer, which is measured apart; none is by default.
-        free: share of the tokens that may be written without a penalty, where there is one; 0 by default.
     """
 
     tokens: Int[Array, "B T"]
     targets: Int[Array, "B T"]
     weights: Float[Array, "B T"]
     answers: Bool[Array, "B T"] | None = None
-    free: Float[Array, " B"] | None = None
 
 
 @struct.dataclass
@@ -308,10 +306,10 @@ def make_train_step(
     which `params` are a part, see `adapting.join`; `rate` multiplies the learning rates. A step whose loss
     or gradient is not finite changes nothing.
 
-    `write_penalty` times log(1 + tokens written beyond the batch's `free` ones), mean of rows, heads and
-    layers that count them, is minimised with the loss and no part of the `loss` that is measured. By the
-    logarithm the last of too many writes costs most: over millions of tokens, it matters whether a gate
-    opens seldom or never.
+    `write_penalty` times log(1 + tokens written), mean of rows, heads and layers that count them, is
+    minimised with the loss and no part of the `loss` that is measured. By the logarithm one write costs
+    little where many are of use, and much where none is: over millions of tokens, it matters whether a
+    gate opens seldom or never.
 
     Metrics are scalars: `loss`, and `gradient_norm` before clipping. With `watch` also
 
@@ -337,9 +335,8 @@ def make_train_step(
         memories = tuple(layer.memory for layer in after.layers)
         minimised = found.loss
         if shares := written_shares(config, state, memories):
-            free = 0.0 if batch.free is None else batch.free[:, None]
-            excess = batch.tokens.shape[1] * jnp.maximum(jnp.stack(shares) - free, 0.0)
-            minimised += write_penalty / accumulate * jnp.mean(jnp.log1p(excess))
+            tokens = batch.tokens.shape[1] * jnp.stack(shares)
+            minimised += write_penalty / accumulate * jnp.mean(jnp.log1p(tokens))
         return minimised, (found, finite, memories)
 
     slope = jax.grad(scores, has_aux=True)

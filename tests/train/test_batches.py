@@ -130,8 +130,9 @@ def test_facts_stand_between_whole_sentences_of_one_stretch(make_task, tokenizer
 def test_more_questions_than_a_text_can_have_are_spread_over_several(make_task):
     source = make_task()
     assert source.most_questions < 8 * 16_384 / 1000
-    row = source.row(np.random.default_rng(0), 16_384)
-    assert np.sum(np.diff(row.answers.astype(int)) == 1) > source.most_questions
+    rows = [source.row(np.random.default_rng(seed), 16_384) for seed in range(4)]
+    asked = [np.sum(np.diff(row.answers.astype(int)) == 1) for row in rows]
+    assert max(asked) > source.most_questions
 
 
 def test_what_has_no_room_for_a_question_is_text(make_task, tokenizer):
@@ -261,16 +262,26 @@ def test_questions_are_as_dense_as_the_length_has_it_but_some_are_alone(make_tas
     assert min(others) >= int(0.5 * mean) and max(others) <= 1.5 * mean + 1
 
 
-def test_questions_fill_the_room_there_is_for_them(make_task):
-    length = 1000
+def save_text(directory, ids, sentence=10):
+    """A text of these ids, with a sentence start at every tenth."""
+    directory.mkdir()
+    text = corpus.Text(directory / "ids.npy", directory / "starts.npy")
+    np.save(text.ids, np.asarray(ids, np.int32))
+    np.save(text.starts, np.arange(0, len(ids), sentence))
+    return text
+
+
+def test_questions_fill_the_room_there_is_for_them(make_task, tmp_path):
+    length, hay = 1000, 1_000_000  # an id that nothing else has
     source = dataclasses.replace(
-        make_task("niah_multikey_1"), density=Ramp(60, 60, (length, length))
+        make_task("niah_multikey_1"),
+        density=Ramp(60, 60, (length, length)),
+        texts=(save_text(tmp_path / "hay", np.full(5000, hay)),),
     )
-    shares = [
-        source.row(np.random.default_rng(seed), length).planted / length for seed in range(40)
-    ]
-    full = [share for share in shares if share > 0.2]  # others ask one question alone
-    assert len(full) > 25 and np.mean(full) > 0.9 * sources.SHARE_OF_ITEMS
+    rows = [source.row(np.random.default_rng(seed), length) for seed in range(40)]
+    shares = [np.mean(row.ids != hay) for row in rows]
+    full = [share for share in shares if share > 0.3]  # others ask one question alone
+    assert len(full) > 20 and np.mean(full) > 0.9 * sources.SHARE_OF_ITEMS
     assert max(shares) <= sources.SHARE_OF_ITEMS + 0.01
 
 
@@ -286,15 +297,47 @@ def test_strange_haystacks_are_full_of_numbers_as_the_tokenizer_reads_them(home,
         0.25,
         Ramp(1, 1, (4096, 4096)),
         256,
-        noise=1.0,
+        noise=sources.Noise(1.0, batch_encoder(found)),
     )
-    row = source.row(np.random.default_rng(0), 4096)
+    rows = [source.row(np.random.default_rng(seed), 4096).ids for seed in range(8)]
     control = set(control_tokens(found).values())
-    assert len(control) > 2 and not control & set(row.ids[1:].tolist())
-    assert len(set(row.ids.tolist())) > 0.4 * (len(found) - len(control))
-    numbers = [token for token in found.convert_ids_to_tokens(row.ids) if token.isdecimal()]
+    assert len(control) > 2
+    assert not control & {token for row in rows for token in row[1:].tolist()}
+    row = max(rows, key=lambda row: len(set(row.tolist())))  # blocks of any tokens, and of numbers
+    assert len(set(row.tolist())) > 0.4 * (len(found) - len(control))
+    numbers = [token for token in found.convert_ids_to_tokens(row) if token.isdecimal()]
     count = [sum(len(number) == digits for number in numbers) for digits in (1, 2, 3)]
     assert 0 < count[0] < count[1] < count[2] and count[2] > 0.8 * len(numbers) > 300
+
+
+def test_strange_marks_stand_again_and_again_in_a_text(tokenizer):
+    noise = sources.Noise(1.0, batch_encoder(tokenizer))
+    hay = np.full(4096, 1_000_000, np.int32)
+    made = [noise.make(np.random.default_rng(seed), hay) for seed in range(40)]
+    strange = [ids[ids != hay] for ids in made]
+    marked = [ids for ids in strange if len(ids) < 0.22 * len(hay)]  # others are mixed in blocks
+    assert 10 < len(marked) < 30
+    assert max(map(len, marked)) > 0.1 * len(hay)
+    counted = set(np.concatenate(batch_encoder(tokenizer)([f" {number}" for number in range(2000)])))
+    others = [[token for token in ids if token not in counted] for ids in marked]
+    most = sources.MOST_MARKS * sources.LONGEST_MARK
+    assert all(len(np.unique(ids)) <= most for ids in others)
+    assert all(len(np.unique(ids)) < len(ids) / 3 for ids in others if len(ids) > 300)
+    shares = [1 - len(other) / len(ids) for ids, other in zip(marked, others, strict=True)]
+    assert min(shares) < 0.2 and max(shares) > 0.8  # of numbers
+
+
+def test_strange_texts_are_not_to_be_predicted(tokenizer, tmp_path):
+    text = save_text(tmp_path / "hay", np.full(5000, 1_000_000))
+    noise = sources.Noise(0.5, batch_encoder(tokenizer))
+    source = sources.TextSource((text,), BOS, 0.25, noise)
+    rows = [source.row(np.random.default_rng(seed), 1024) for seed in range(40)]
+    whole = [row for row in rows if row.weights.any()]
+    assert 10 < len(whole) < 30
+    assert all((row.weights == 0.25).all() and (row.ids[1:] == 1_000_000).all() for row in whole)
+    strange = [row for row in rows if not row.weights.any()]
+    assert sum((row.ids[1:] != 1_000_000).any() for row in strange) > 0.8 * len(strange)
+    assert all(row.ids[0] == BOS and len(row.ids) == 1024 for row in rows)
 
 
 def test_facts_are_worded_in_all_the_forms_that_are_named(make_task, tokenizer):

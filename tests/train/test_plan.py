@@ -14,6 +14,6 @@ def test_a_ramp_changes_by_constant_factors():
 def test_the_penalty_begins_when_the_longest_sequences_have_come():
     plan = Plan(steps=1, minutes=None, learning_rate=1, memory_learning_rate=1, write_penalty=0.3)
     found = [plan.penalty(done, growth=0.6) for done in (0.0, 0.6, 0.7, 0.9, 1.0, 1.1)]
-    assert found == pytest.approx([0, 0, 0.075, 0.225, 0.3, 0.3])
-    assert [plan.penalty(done, growth=0.0) for done in (0.0, 0.5)] == pytest.approx([0, 0.15])
+    assert found == pytest.approx([0, 0, 0.15, 0.3, 0.3, 0.3])
+    assert [plan.penalty(done, growth=0.0) for done in (0.0, 0.25)] == pytest.approx([0, 0.15])
     assert plan.penalty(1.0, growth=1.0) == 0
