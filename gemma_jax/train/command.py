@@ -177,7 +177,7 @@ def make_data(
         return [
             sources.RecordSource(some)
             if isinstance(some, corpus.Records)
-            else sources.TextSource((some,), config.bos_id, weight)
+            else sources.TextSource((some,), config.bos_id, weight, noise)
             for some in found
         ]
 

@@ -70,7 +70,7 @@ class Noise:
         return np.unique(np.concatenate(self.encode(NUMBERS)))
 
     @functools.cached_property
-    def _in_figures(self) -> list[np.ndarray]:
+    def _numerals(self) -> list[np.ndarray]:
         """Numbers of one to eight digits, as texts have them."""
         values = 10 ** np.random.default_rng(0).uniform(0, 8, COUNTED)
         return [np.array(ids) for ids in self.encode([f" {int(value)}" for value in values])]
@@ -93,7 +93,7 @@ class Noise:
         share_of_numbers = rng.uniform()
         covered = rng.uniform(0, MOST_MARKED) * len(ids)
         for at in rng.integers(len(ids), size=int(covered / lengths.mean())):
-            strewn = self._in_figures if rng.uniform() < share_of_numbers else marks
+            strewn = self._numerals if rng.uniform() < share_of_numbers else marks
             mark = strewn[rng.integers(len(strewn))][: len(ids) - at]
             made[at : at + len(mark)] = mark
         return made
@@ -107,6 +107,10 @@ class Noise:
         kinds = rng.integers(4, size=-(-len(ids) // NOISE_BLOCK))
         kinds = np.repeat(kinds, NOISE_BLOCK)[: len(ids)]
         return np.choose(kinds, [ids, rng.permutation(ids), of_any, counted])
+
+
+def _is_strange(noise: Noise | None, rng: np.random.Generator) -> bool:
+    return noise is not None and rng.uniform() < noise.share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +133,7 @@ class TextSource:
 
     def row(self, rng: np.random.Generator, length: int) -> Row:
         ids, _ = _haystack(self.texts).cut(rng, length - 1)
-        strange = self.noise is not None and rng.uniform() < self.noise.share
+        strange = _is_strange(self.noise, rng)
         if strange:
             ids = self.noise.make(rng, ids)
         weights = np.full(length, 0.0 if strange else self.language_weight, np.float32)
@@ -218,7 +222,7 @@ class TaskSource:
         wanted = max(1, round(self.density.at(length) * length / 1000 * rng.uniform(0.5, 1.5)))
         wanted = 1 if rng.uniform() < ALONE else wanted
         spans = -(-wanted // self.most_questions)
-        strange = self.noise is not None and rng.uniform() < self.noise.share
+        strange = _is_strange(self.noise, rng)
         parts: list[Part] = [([self.bos_id], False)]
         filled = 1
         for i in range(spans):

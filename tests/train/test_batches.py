@@ -318,7 +318,9 @@ def test_strange_marks_stand_again_and_again_in_a_text(tokenizer):
     marked = [ids for ids in strange if len(ids) < 0.22 * len(hay)]  # others are mixed in blocks
     assert 10 < len(marked) < 30
     assert max(map(len, marked)) > 0.1 * len(hay)
-    counted = set(np.concatenate(batch_encoder(tokenizer)([f" {number}" for number in range(2000)])))
+    counted = set(
+        np.concatenate(batch_encoder(tokenizer)([f" {number}" for number in range(2000)]))
+    )
     others = [[token for token in ids if token not in counted] for ids in marked]
     most = sources.MOST_MARKS * sources.LONGEST_MARK
     assert all(len(np.unique(ids)) <= most for ids in others)

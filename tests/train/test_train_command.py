@@ -320,6 +320,25 @@ def test_a_compressed_text_that_cannot_be_read_is_named(command, taught, tmp_pat
     assert done.code == 3 and "bad.xz cannot be read" in done.err
 
 
+def test_texts_of_every_kind_are_made_strange(home, tokenizer, tmp_path):
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "the people that it was for. " * 9}))
+    given = [
+        "--noise",
+        0.4,
+        "--segments",
+        4,
+        "--filler",
+        home / "book.txt",
+        "--data",
+        "task:digits",
+    ]
+    texts = [f"text:{home / 'book.txt'}", f"jsonl:{tmp_path / 'texts.jsonl'}"]
+    config = GemmaConfig.from_json((home / "tiny.json").read_text())
+    found = options.parse([str(argument) for argument in (*given, *texts)])
+    mixture, _ = train_command.make_data(found, config, tokenizer, tmp_path, lambda *_: None)
+    assert [source.noise.share for source in mixture.sources] == [0.4] * 3
+
+
 def test_the_recipe_of_adapters_gives_a_model_another_memory(command, taught, home, tmp_path):
     small = ["--segments", 4, "--tokens-per-step", 64, "--steps", 1, "--rank", 2]
     data = ["--data", f"text:{home / 'book.txt'}"]
