@@ -1,11 +1,12 @@
 """Perplexity by position: `python -m gemma_jax.evaluate --model M --text book.txt`.
 
-Perplexity by position, with local attention in the forms and lengths that are asked for, beside
-Hugging Face transformers with full attention. All compute in float32 unless told otherwise.
+With local attention in the forms and lengths that are asked for, beside the model without its adapter,
+and Hugging Face transformers with full attention. All compute in float32 unless told otherwise.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from gemma_jax.errors import InputError
 
 PIECE_TOKENS = 8192  # read at once
 LOGITS_TOKENS = 256  # turned into logits at once
-BIN_TOKENS = 5000  # of a row of the output
+BIN_TOKENS = 2048  # of a mean by position
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -25,27 +26,33 @@ def evaluate(options: argparse.Namespace) -> None:
     from gemma_jax.checkpoint import store
 
     keep_compiled_programs()
-    model = store.load(options.model, memory=options.memory, dtype=options.dtype)
-    ids = read_ids(model, options.text, options.tokens)
+    models = [store.load(options.model, memory=options.memory, dtype=options.dtype)]
+    if options.adapter:
+        models.append(store.load(options.model, adapter=options.adapter, dtype=options.dtype))
+    ids = read_ids(models[0], options.text, options.tokens)
     peer = None
     if options.peer:
         peer = peer_nll(options.peer, ids)
         _print({"model": "transformers, full attention"}, peer, peer, options.json)
-    for form in options.local_attention:
-        for length in options.segment_length:
-            for sink in (True, False) if options.without_sink else (True,):
-                config = model.config.with_memory(
-                    local_attention=form, segment_length=length, sink=sink
-                )
-                setting = {
-                    "model": config.name,
-                    "memory": config.memory.rule,
-                    "local_attention": form,
-                    "segment_length": length,
-                    "sink": sink,
-                }
-                nll = token_nll(dataclasses.replace(model, config=config), ids)
-                _print(setting, nll, peer, options.json)
+    for model, name in zip(models, ("", " with adapter"), strict=False):
+        recorded = model.config.memory
+        for form, length, sink in itertools.product(
+            options.local_attention or [recorded.local_attention],
+            options.segment_length or [recorded.segment_length],
+            (True, False) if options.without_sink else (True,),
+        ):
+            config = model.config.with_memory(
+                local_attention=form, segment_length=length, sink=sink
+            )
+            setting = {
+                "model": config.name + name,
+                "memory": config.memory.rule,
+                "local_attention": form,
+                "segment_length": length,
+                "sink": sink,
+            }
+            nll = token_nll(dataclasses.replace(model, config=config), ids)
+            _print(setting, nll, peer, options.json)
 
 
 def read_ids(model: Any, file: str, tokens: int | None) -> np.ndarray:
@@ -154,7 +161,8 @@ def _print(
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command line."""
-    from gemma_jax.inference.console import ArgumentParser, number
+    from gemma_jax.config import DTYPES, LOCAL_ATTENTION_FORMS
+    from gemma_jax.inference.console import ArgumentParser, count, number
 
     parser = ArgumentParser(
         prog="python -m gemma_jax.evaluate",
@@ -163,23 +171,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", metavar="DIR", required=True, help="a checkpoint")
     parser.add_argument("--text", metavar="FILE", required=True, help="what is read (FILE.xz too)")
     parser.add_argument(
-        "--tokens", metavar="N", type=number(int)(2), help="of its beginning (default: all)"
+        "--tokens", metavar="N", type=count, help="of its beginning, e.g. 32K (default: all)"
+    )
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="what was trained for --model, alone: with it, and without"
     )
     parser.add_argument("--memory", metavar="RULE", help="a rule other than the recorded one")
     parser.add_argument(
         "--local-attention",
         nargs="+",
-        choices=("transformer_xl", "segment"),
-        default=["transformer_xl"],
+        choices=LOCAL_ATTENTION_FORMS,
+        help="(default: as recorded)",
     )
-    parser.add_argument(
-        "--segment-length", metavar="S", nargs="+", type=number(int)(1), default=[1024]
-    )
+    parser.add_argument("--segment-length", metavar="S", nargs="+", type=number(int)(1))
     parser.add_argument("--without-sink", action="store_true", help="also without the sink")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
         "--peer", metavar="HF_DIR", help="compare with transformers, full attention (needs torch)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.tokens == 1:
+        parser.error("argument --tokens: 1 leaves nothing to predict: choose 2 or more")
+    return options

@@ -22,6 +22,7 @@ OPENING = (
 )
 _LETTERS = {
     "train": string.ascii_uppercase[::2],
+    "invented": string.ascii_uppercase[::2],
     "held_out": string.ascii_uppercase[1::2],
     "all": string.ascii_uppercase,
 }

@@ -1,6 +1,7 @@
 """What keys and values are made of: adjectives and nouns, numbers, UUIDs, and words that do not exist.
 
-Training and tests must not share keys: of both word lists every third word is held out.
+Training and tests must not share keys: of both word lists every third word is held out. A few hundred
+words are soon known by heart, so training also has keys of invented ones.
 """
 
 import itertools
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 
 from gemma_jax.errors import UsageError
 
-KEYS = ("train", "held_out", "all")
+KEYS = ("train", "invented", "held_out", "all")
 
 ADJECTIVES = """
 amber ample ancient arctic ashen autumn azure balmy barren blazing blond bold brass brave breezy
@@ -70,16 +71,30 @@ CODED_WORD = f"(?:[{_CONSONANTS}][{_VOWELS}]){{4}}"  # as a regular expression
 
 
 def of_split(words: list[str], split: str, every: int = 3) -> list[str]:
-    """The words for training, the held-out ones (the last of `every` so many), or all."""
+    """The words for training (`train`, `invented`), the held-out ones (the last of `every` so many), or all."""
     held_out = set(words[every - 1 :: every])
     return [word for word in words if split == "all" or (word in held_out) == (split == "held_out")]
 
 
 def keys(rng: random.Random, split: str) -> Iterator[str]:
-    """All different pairs like `amber falcon`, in random order."""
+    """All different pairs like `amber falcon`, in random order; `invented` ones, like `amboth falver`."""
     adjectives, nouns = of_split(ADJECTIVES, split), of_split(NOUNS, split)
+    known = {*ADJECTIVES, *NOUNS}
     for index in permutation(rng, len(adjectives) * len(nouns)):
-        yield f"{adjectives[index // len(nouns)]} {nouns[index % len(nouns)]}"
+        adjective, noun = adjectives[index // len(nouns)], nouns[index % len(nouns)]
+        if split == "invented":
+            adjective, noun = (_invented(rng, word, nouns, known) for word in (adjective, noun))
+        yield f"{adjective} {noun}"
+
+
+def _invented(rng: random.Random, word: str, others: list[str], known: set[str]) -> str:
+    """The word's beginning with another one's end, which no word yet has: each is `known` from then on."""
+    while True:
+        other = rng.choice(others)
+        made = word[: rng.randint(1, 4)] + other[-rng.randint(2, 5) :]
+        if made not in known:
+            known.add(made)
+            return made
 
 
 def coded_words(rng: random.Random) -> Iterator[str]:

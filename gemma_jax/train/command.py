@@ -99,7 +99,7 @@ def check(options: argparse.Namespace) -> None:
         else:
             matches(what)
     only_text = all(kind == "text" for kind, _, _ in options.data)
-    if only_text and not options.language_weight:
+    if only_text and not any(options.language_weight):
         raise UsageError(
             "--language-weight is 0, and there are only texts: nothing would be learnt."
         )
@@ -163,7 +163,7 @@ def make_data(
         return corpus.tokenize_text(file, tokenizer, cache, told)
 
     def make(kind: str, what: str) -> list[Any]:
-        weight = options.language_weight
+        weight = Ramp(*options.language_weight, ends)
         if kind == "task":
             hay = tuple(text(file) for file in filler(options))
             reach = config.memory.reach

@@ -124,6 +124,11 @@ def ramp(text: str) -> tuple[float, float]:
     return found
 
 
+def ramp_or_none(text: str) -> tuple[float, float]:
+    """The same; 0 is for no sequence."""
+    return (0.0, 0.0) if text == "0" else ramp(text)
+
+
 def segments(text: str) -> tuple[int, int]:
     """`LOW:HIGH`, or one number for both."""
     low, _, high = text.partition(":")
@@ -201,7 +206,14 @@ def make_parser() -> ArgumentParser:
         nargs="+",
         help="hides the tasks' facts (default: the texts)",
     )
-    add(group, "--language-weight", 0.1, metavar="W", type=real(0), help="of tokens of no answer")
+    add(
+        group,
+        "--language-weight",
+        (0.1, 0.1),
+        metavar="W",
+        type=ramp_or_none,
+        help="of tokens of no answer: 0, or as --density has it",
+    )
     add(
         group,
         "--density",

@@ -21,6 +21,8 @@ class Ramp:
 
     def at(self, length: int) -> float:
         """The number of sequences of this length."""
+        if self.shortest == self.longest:
+            return self.shortest
         low, high = self.lengths
         share = math.log(length / low) / math.log(high / low) if high > low else 1.0
         return self.shortest ** (1.0 - share) * self.longest**share

@@ -7,6 +7,7 @@ when it is first used. `shortest` is the least length that makes sense, `files` 
 
 import dataclasses
 import functools
+import itertools
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,7 @@ MOST_MARKS, LONGEST_MARK = 12, 6  # what is strewn over a text: pieces, and toke
 MOST_MARKED = 0.2  # share of its tokens
 COUNTED = 4096  # numbers to choose from
 ALONE = 0.3  # share of the sequences with one question, among much that is not to be remembered
+LEAST_ANSWER = 3.0  # tokens that an answer counts as at least, so that one word is worth remembering
 Part = tuple[Any, bool]  # ids of a piece of a sequence, and whether it is an answer
 SEEDS = 2**31  # of episodes
 TRIES = 16  # to find an episode that is not too long
@@ -115,11 +117,15 @@ def _is_strange(noise: Noise | None, rng: np.random.Generator) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:
-    """Stretches of texts, each after a BOS; some of them noise, which nobody has to predict."""
+    """Stretches of texts, each after a BOS; some of them noise, which nobody has to predict.
+
+    Attributes:
+        language_weight: how much each token counts, by the length of the sequences.
+    """
 
     texts: tuple[Text, ...]
     bos_id: int
-    language_weight: float
+    language_weight: Ramp
     noise: Noise | None = None
 
     @property
@@ -136,7 +142,7 @@ class TextSource:
         strange = _is_strange(self.noise, rng)
         if strange:
             ids = self.noise.make(rng, ids)
-        weights = np.full(length, 0.0 if strange else self.language_weight, np.float32)
+        weights = np.full(length, 0.0 if strange else self.language_weight.at(length - 1), np.float32)
         return Row(_joined([[self.bos_id], ids]), weights, np.zeros(length, bool))
 
 
@@ -177,23 +183,24 @@ class TaskSource:
 
     Attributes:
         name: of the task.
-        density: questions for 1,000 tokens, on average, by the length of the sequences.
+        language_weight: how much tokens of no answer count, by the length of the sequences.
+        density: questions for 1,000 tokens, on average, likewise.
         reach: tokens that local attention sees exactly.
         noise: what some of the haystacks are made into.
-        forms: wordings of facts and questions, an episode in one of them, as `gemma_jax.tasks.make`
-            knows them; likewise `keys`.
+        forms, keys: wordings, and names that facts go by, as `gemma_jax.tasks.make` knows them; an
+            episode has one of each.
     """
 
     name: str
     texts: tuple[Text, ...]
     encode: BatchEncoder
     bos_id: int
-    language_weight: float
+    language_weight: Ramp
     density: Ramp
     reach: int
     noise: Noise | None = None
     forms: tuple[str, ...] = ("train",)
-    keys: str = "train"
+    keys: tuple[str, ...] = ("train", "invented")
 
     @property
     def files(self) -> list[str]:
@@ -207,11 +214,14 @@ class TaskSource:
 
     @functools.cached_property
     def _tasks(self) -> list[Task]:
-        return [tasks.make(self.name, forms=forms, keys=self.keys) for forms in self.forms]
+        return [
+            tasks.make(self.name, forms=forms, keys=keys)
+            for forms, keys in itertools.product(self.forms, self.keys)
+        ]
 
     def episode(self, seed: int, depths: list[float]) -> Episode:
-        """In the wording that the seed has."""
-        return self._tasks[seed % len(self.forms)].episode(seed, depths)
+        """In the wording and with the keys that the seed has."""
+        return self._tasks[seed % len(self._tasks)].episode(seed, depths)
 
     @property
     def most_questions(self) -> int:
@@ -231,11 +241,17 @@ class TaskSource:
                 rng, room, max(1, wanted // spans), last=i == spans - 1, strange=strange
             )
             filled += room
-        ids = _joined([part for part, _ in parts])
-        answers = np.repeat([answer for _, answer in parts], [len(part) for part, _ in parts])
-        language = 0.0 if strange else self.language_weight
-        weights = np.where(answers, 1.0, language).astype(np.float32)
-        return Row(ids, weights, answers)
+        language = 0.0 if strange else self.language_weight.at(length - 1)
+        lengths = [len(part) for part, _ in parts]
+        weights = [
+            max(1.0, LEAST_ANSWER / n) if answer else language
+            for (_, answer), n in zip(parts, lengths, strict=True)
+        ]
+        return Row(
+            _joined([part for part, _ in parts]),
+            np.repeat(np.array(weights, np.float32), lengths),
+            np.repeat([answer for _, answer in parts], lengths),
+        )
 
     def _span(
         self, rng: np.random.Generator, length: int, wanted: int, *, last: bool, strange: bool

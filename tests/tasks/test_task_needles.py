@@ -135,7 +135,7 @@ def test_what_cannot_be_made_is_refused_by_name():
         tasks.make("passkey", haystack="needles")
     with pytest.raises(UsageError, match="classic, train, held_out"):
         tasks.make("passkey", forms="new")
-    with pytest.raises(UsageError, match="train, held_out, all"):
+    with pytest.raises(UsageError, match="train, invented, held_out, all"):
         tasks.make("passkey", keys="new")
     with pytest.raises(UsageError, match="different names"):
         tasks.make("passkey").episode(0, [0.5], 20_000)

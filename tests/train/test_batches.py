@@ -17,6 +17,7 @@ from gemma_jax.train.plan import Ramp
 from gemma_jax.train.tokenizer import SMALLEST, learn_tokenizer, save_tokenizer
 
 BOS = 2
+LANGUAGE = Ramp(0.25, 0.25, (512, 2048))
 TASKS = ("passkey", "niah_multikey_1", "niah_multivalue", "variable_tracking", "babilong_qa3")
 
 
@@ -24,14 +25,14 @@ TASKS = ("passkey", "niah_multikey_1", "niah_multivalue", "variable_tracking", "
 def make_task(book, tokenizer):
     def make(name="passkey", density=8.0):
         density = density if isinstance(density, Ramp) else Ramp(density, density, (512, 2048))
-        return sources.TaskSource(name, (book,), batch_encoder(tokenizer), BOS, 0.25, density, 256)
+        return sources.TaskSource(name, (book,), batch_encoder(tokenizer), BOS, LANGUAGE, density, 256)
 
     return make
 
 
 @pytest.fixture
 def mixture(book, make_task):
-    text = sources.TextSource((book,), BOS, 0.25)
+    text = sources.TextSource((book,), BOS, LANGUAGE)
     return Mixture(
         sources=(text, make_task()),
         weights=(Ramp(1.0, 1.0, (512, 2048)), Ramp(3.0, 3.0, (512, 2048))),
@@ -100,10 +101,11 @@ def test_answers_follow_their_questions_and_come_after_the_facts(make_task, toke
     for seed in range(6):
         row = source.row(np.random.default_rng(seed), 4096)
         assert row.ids.shape == row.answers.shape == (4096,) and row.ids[0] == BOS
-        np.testing.assert_array_equal(row.weights, np.where(row.answers, 1.0, 0.25))
+        assert (row.weights[~row.answers] == 0.25).all()
         edges = np.flatnonzero(np.diff(row.answers.astype(int))) + 1
         assert len(edges) >= 2 and len(edges) % 2 == 0
         for start, end in edges.reshape(-1, 2):
+            assert row.weights[start:end] == pytest.approx(max(1.0, 3.0 / (end - start)))
             answer, before = (tokenizer.decode(row.ids[a:b]) for a, b in ((start, end), (0, start)))
             question = before[before.rindex("\n\n") :]
             stop = tokenizer.decode(row.ids[end : end + 1])
@@ -294,7 +296,7 @@ def test_strange_haystacks_are_full_of_numbers_as_the_tokenizer_reads_them(home,
         (text,),
         batch_encoder(found),
         BOS,
-        0.25,
+        LANGUAGE,
         Ramp(1, 1, (4096, 4096)),
         256,
         noise=sources.Noise(1.0, batch_encoder(found)),
@@ -332,7 +334,7 @@ def test_strange_marks_stand_again_and_again_in_a_text(tokenizer):
 def test_strange_texts_are_not_to_be_predicted(tokenizer, tmp_path):
     text = save_text(tmp_path / "hay", np.full(5000, 1_000_000))
     noise = sources.Noise(0.5, batch_encoder(tokenizer))
-    source = sources.TextSource((text,), BOS, 0.25, noise)
+    source = sources.TextSource((text,), BOS, LANGUAGE, noise)
     rows = [source.row(np.random.default_rng(seed), 1024) for seed in range(40)]
     whole = [row for row in rows if row.weights.any()]
     assert 10 < len(whole) < 30
