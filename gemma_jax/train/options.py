@@ -183,7 +183,7 @@ def make_parser() -> ArgumentParser:
         group,
         "--memory",
         metavar="RULE",
-        help="the memory rule (default: recorded, or gated_delta)",
+        help="the memory rule (default: recorded, or selective_delta)",
     )
     add(group, "--segment-length", metavar="S", type=whole(1), help="tokens per segment")
     group.add_argument("--local-attention", choices=LOCAL_ATTENTION_FORMS)

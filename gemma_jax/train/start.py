@@ -23,7 +23,7 @@ from gemma_jax.model.transformer import Params, init_params
 from gemma_jax.text import load_tokenizer
 from gemma_jax.train.tokenizer import learn_tokenizer, save_tokenizer
 
-DEFAULT_RULE = "gated_delta"
+DEFAULT_RULE = "selective_delta"
 NEW = "new:"  # and a number of tokens, in place of a tokenizer's directory
 INIT_SPREAD = 0.02  # of `init_params`, at any width
 ENDS_OF_BRANCHES = ("out", "down")  # matrices whose products are added to the residual stream
