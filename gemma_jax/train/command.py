@@ -3,6 +3,7 @@
 import argparse
 import glob
 import os
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gemma_jax.train import options as command_line
 MEMORY_SHARE = "0.94"  # of the device for JAX, which takes three quarters of it by itself
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # no atomics, and no choice of kernels by timing
 SHIPPED = "books"  # in place of a file: the public-domain books that come with the package
+PYTHON = "python"  # likewise: the source code of Python's standard library
 MOST_WORKERS = 16  # each makes from a hundred thousand tokens (many facts) to millions a second
 CARRIED_ROWS = 32  # memories kept for later sequences
 IDS = "ids"  # what a checkpoint calls the files of tokens that its run reads
@@ -104,6 +106,8 @@ def check(options: argparse.Namespace) -> None:
             "--language-weight is 0, and there are only texts: nothing would be learnt."
         )
     filler(options)
+    for what in options.noise_text or ():
+        matches(what)
     if options.probe_lengths and not any(kind == "task" for kind, _, _ in options.data):
         raise UsageError("--probe-lengths measures recall of tasks: name one in --data.")
     if options.overwrite and options.resume:
@@ -113,7 +117,8 @@ def check(options: argparse.Namespace) -> None:
 
 
 def matches(pattern: str) -> list[Path]:
-    """The files of `text:` and `jsonl:`, in order; `books` are those that come with the package.
+    """The files of `text:` and `jsonl:`, in order; `books` are those that come with the package, and
+    `python` the modules of the standard library, which are wherever this runs.
 
     Raises:
         InputError: there are none.
@@ -126,6 +131,8 @@ def matches(pattern: str) -> list[Path]:
         files = [Path(name) for name in names if Path(name).is_file()]
         if part == SHIPPED and not files:
             files = [Path(name) for name in shipped("train")]
+        if part == PYTHON and not files:
+            files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         if not files:
             raise InputError(f"{part} does not exist: name files to learn from.")
         found += files
@@ -154,13 +161,15 @@ def make_data(
     ends = tuple(n * config.memory.segment_length for n in options.segments)
     cache, end_id = directory / "ids", (config.eos_ids or (config.bos_id,))[0]
     encode = batch_encoder(tokenizer)
-    noise = sources.Noise(options.noise, encode)
 
     def text(file: Path) -> corpus.Text:
         def told(file: Path, ids: int) -> None:
             tell(f"tokenizing {file.name}, {ids} tokens", ids, None)
 
         return corpus.tokenize_text(file, tokenizer, cache, told)
+
+    others = [text(file) for what in options.noise_text or () for file in matches(what)]
+    noise = sources.Noise(options.noise, encode, tuple(others))
 
     def make(kind: str, what: str) -> list[Any]:
         weight = Ramp(*options.language_weight, ends)
@@ -231,6 +240,7 @@ def make_run(
     from gemma_jax.model.adapting import split
     from gemma_jax.model.memory import make_rule
     from gemma_jax.train.loop import Run
+    from gemma_jax.train.step import WRITE_BIAS
     from gemma_jax.train.plan import Plan
     from gemma_jax.train.saving import Checkpoints
 
@@ -258,16 +268,20 @@ def make_run(
         chunk_tokens=options.chunk_tokens,
         remat=None if options.remat == "nothing" else options.remat,
         write_penalty=options.write_penalty,
+        write_margin=options.write_margin,
         log_steps=options.log_steps,
         probe_steps=options.probe_steps,
         checkpoint_minutes=options.checkpoint_minutes,
         checkpoint_steps=options.checkpoint_steps,
         stop_minutes=options.stop_after,
     )
+    rule = config.memory.rule
     if plan.write_penalty and "offered" not in make_rule(config).init(1):
         raise UsageError(
-            f"Memory rule {config.memory.rule} does not count what it writes: leave out --write-penalty."
+            f"Memory rule {rule} does not count what it writes: leave out --write-penalty."
         )
+    if plan.write_margin and WRITE_BIAS not in make_rule(config).params():
+        raise UsageError(f"Memory rule {rule} has no write gates: leave out --write-margin.")
     checkpoints = Checkpoints(directory / "checkpoints", options.keep)
     begun_with = {
         name: value for name, value in vars(options).items() if name not in command_line.PER_RUN

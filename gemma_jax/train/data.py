@@ -22,7 +22,7 @@ from gemma_jax.train.plan import Ramp
 
 AHEAD = 4  # batches that wait, beyond one for each process that makes them
 FRESH = -1  # start of a sequence whose memory begins empty
-CURRICULUM, ROWS = 0, 1  # streams of random numbers of a step
+CURRICULUM, ROWS, JITTER = 0, 1, 2  # streams of random numbers of a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +107,14 @@ class HostBatch:
         weights: [B, T] float32, of the predictions.
         answers: [B, T] bool.
         start: [B] int32, which of the kept memories a sequence begins with, or FRESH.
+        jitter: 0 to 1, how much of the write gates' margin this step has.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     answers: np.ndarray
     start: np.ndarray
+    jitter: float
 
     @property
     def tokens(self) -> int:
@@ -138,6 +140,7 @@ def make_batch(mixture: Mixture, step: int, progress: float) -> HostBatch:
         np.stack([row.weights[1:] for row in rows]),
         np.stack([row.answers[1:] for row in rows]),
         start.astype(np.int32),
+        np.random.default_rng([mixture.seed, step, JITTER]).uniform(),
     )
 
 

@@ -167,14 +167,14 @@ class Run:
             memories = jax.eval_shape(begin_with, self._empty, self.progress.carried, start)
         trained, state, frozen = self._shapes
         batch = Batch(ids, ids, weights, answers)
-        return self._step.lower(trained, state, batch, memories, frozen, number, number)
+        return self._step.lower(trained, state, batch, memories, frozen, number, number, number)
 
     # --- a step -----------------------------------------------------------------------------------
 
     def _advance(self, made: HostBatch) -> None:
         progress, plan = self.progress, self._plan
         done = self._share(progress.step)
-        rate = plan.rate(progress.step, done)
+        rate, pressure = plan.rate(progress.step, done), plan.pressure(done, self._mixture.growth)
         batch = Batch(
             jnp.asarray(made.ids[:, :-1]),
             jnp.asarray(made.ids[:, 1:]),
@@ -191,7 +191,8 @@ class Run:
             memories,
             self.frozen or None,
             np.float32(rate),
-            np.float32(plan.penalty(done, self._mixture.growth)),
+            np.float32(pressure * plan.write_penalty),
+            np.float32(pressure * plan.write_margin * made.jitter),
         )
         memories = metrics.pop("memories")
         if self._carries:

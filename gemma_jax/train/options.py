@@ -237,6 +237,13 @@ def make_parser() -> ArgumentParser:
         type=real(0, 1),
         help="share of the sequences whose text is strange: full of signs, numbers, random tokens",
     )
+    add(
+        group,
+        "--noise-text",
+        metavar="FILE",
+        nargs="+",
+        help="some of the strange texts are stretches of these; python: its standard library's sources",
+    )
     add(group, "--segments", (4, 32), metavar="LOW:HIGH", type=segments, help="of a sequence")
     add(
         group,
@@ -286,6 +293,14 @@ def make_parser() -> ArgumentParser:
         metavar="P",
         type=real(0),
         help="times the logarithm of how many tokens are written, rising to P from --growth on",
+    )
+    add(
+        group,
+        "--write-margin",
+        0.0,
+        metavar="M",
+        type=real(0),
+        help="up to which write gates' logits are raised, step by step, likewise: closed is for sure",
     )
     add(group, "--clip-norm", 1.0, metavar="N", type=positive, help="of the gradient")
     add(group, "--b1", 0.9, metavar="B", type=real(0, 1), help="of AdamW")

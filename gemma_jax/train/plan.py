@@ -38,7 +38,8 @@ class Plan:
         warmup: steps until they are there.
         schedule: how they fall, over the whole budget, to `final_rate` of it.
         accumulate, chunk_tokens, remat: see `make_train_step`.
-        write_penalty: at its height, see `penalty`.
+        write_penalty: at its height, see `pressure`.
+        write_margin: the most that write gates are shifted by, when the penalty is at its height.
         log_steps: of a row of the log.
         probe_steps: between two probes; 0: only at the end.
         checkpoint_minutes, checkpoint_steps: between two checkpoints, whichever comes first.
@@ -61,22 +62,23 @@ class Plan:
     chunk_tokens: int | None = None
     remat: str | None = "layers"
     write_penalty: float = 0.0
+    write_margin: float = 0.0
     log_steps: int = 10
     probe_steps: int = 0
     checkpoint_minutes: float = 10.0
     checkpoint_steps: int | None = None
     stop_minutes: float | None = None
 
-    def penalty(self, done: float, growth: float) -> float:
-        """`make_train_step`'s `write_penalty` when a share `done` of the budget is spent.
+    def pressure(self, done: float, growth: float) -> float:
+        """How much of `write_penalty` and `write_margin` counts when a share `done` of the budget is spent.
 
         None before the longest sequences have come, at `growth`: while little depends on what is
-        remembered, gates would close for good. From there it rises to its height in half of the
+        remembered, gates would close for good. From there it rises to all of it in half of the
         time that is left, so that gates close while rates are high.
         """
         if done <= growth:
             return 0.0
-        return self.write_penalty * min(1.0, 2.0 * (done - growth) / (1.0 - growth))
+        return min(1.0, 2.0 * (done - growth) / (1.0 - growth))
 
     def rate(self, step: int, done: float) -> float:
         """The learning rate of a step at which this share of the budget is spent."""

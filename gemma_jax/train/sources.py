@@ -62,10 +62,12 @@ class Noise:
     Attributes:
         share: of the stretches of text that are made strange.
         encode: the tokenizer's.
+        others: texts of another kind, whose stretches are as strange.
     """
 
     share: float
     encode: BatchEncoder
+    others: tuple[Text, ...] = ()
 
     @functools.cached_property
     def _numbers(self) -> np.ndarray:
@@ -82,9 +84,12 @@ class Noise:
         return np.unique(np.concatenate(self.encode([*string.punctuation, "\n"])))
 
     def make(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
-        """Of a stretch of text: with strange marks all over it, or other tokens in blocks."""
-        made = self._marked(rng, ids) if rng.uniform() < 0.5 else self._mixed(rng, ids)
-        return made.astype(np.int32)
+        """Of a stretch of text: with strange marks all over it, other tokens in blocks, or another text."""
+        kinds = [self._marked, self._mixed, *([self._other] if self.others else [])]
+        return kinds[rng.integers(len(kinds))](rng, ids).astype(np.int32)
+
+    def _other(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
+        return _haystack(self.others).cut(rng, len(ids))[0]
 
     def _marked(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
         """With a few short pieces again and again, of any tokens or of signs, and with numbers."""
@@ -111,6 +116,10 @@ class Noise:
         return np.choose(kinds, [ids, rng.permutation(ids), of_any, counted])
 
 
+def _files(texts: tuple[Text, ...], noise: Noise | None) -> list[str]:
+    return [text.ids.name for text in (*texts, *(noise.others if noise else ()))]
+
+
 def _is_strange(noise: Noise | None, rng: np.random.Generator) -> bool:
     return noise is not None and rng.uniform() < noise.share
 
@@ -130,7 +139,7 @@ class TextSource:
 
     @property
     def files(self) -> list[str]:
-        return [text.ids.name for text in self.texts]
+        return _files(self.texts, self.noise)
 
     @property
     def shortest(self) -> int:
@@ -204,7 +213,7 @@ class TaskSource:
 
     @property
     def files(self) -> list[str]:
-        return [text.ids.name for text in self.texts]
+        return _files(self.texts, self.noise)
 
     @functools.cached_property
     def shortest(self) -> int:

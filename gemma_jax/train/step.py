@@ -22,6 +22,7 @@ from gemma_jax.model.scan import Remat, forward
 from gemma_jax.model.state import State, init_state
 from gemma_jax.model.transformer import Params, abstract_params
 
+WRITE_BIAS = "write_bias"  # what rules call the bias of their write gates
 LOSS_ROWS = 4096  # tokens whose logits exist at once; a row of 256,000 takes 1 MB
 
 LearningRate = float | optax.Schedule
@@ -299,7 +300,8 @@ def make_train_step(
     """Makes the jitted step
 
         params, optimizer_state, metrics = step(
-            params, optimizer_state, batch, state=None, frozen=None, rate=1.0, write_penalty=0.0)
+            params, optimizer_state, batch, state=None, frozen=None, rate=1.0, write_penalty=0.0,
+            write_shift=0.0)
 
     Parameters (float32) and the optimiser's state (`optimizer.init(params)`) are consumed; `state` is
     as in `batch_loss`, and memories alone with `accumulate` above 1. `frozen` is the rest of a model of
@@ -310,6 +312,9 @@ def make_train_step(
     minimised with the loss and no part of the `loss` that is measured. By the logarithm one write costs
     little where many are of use, and much where none is: over millions of tokens, it matters whether a
     gate opens seldom or never.
+
+    `write_shift` is added to the logits of write gates. Where it changes from step to step, gates learn
+    to be as good as sure: open at facts without it, and shut on everything else with the most of it.
 
     Metrics are scalars: `loss`, and `gradient_norm` before clipping. With `watch` also
 
@@ -328,8 +333,8 @@ def make_train_step(
     """
     options = {"config": config, "step_tokens": step_tokens, "remat": remat}
 
-    def scores(params, frozen, write_penalty, batch, state):
-        joined = params if frozen is None else join(frozen, params)
+    def scores(params, frozen, write_penalty, write_shift, batch, state):
+        joined = _shifted(params if frozen is None else join(frozen, params), write_shift)
         found, after = score_batch(joined, batch, state, **options)
         finite = jnp.stack([_all_finite(layer) for layer in after.layers])
         memories = tuple(layer.memory for layer in after.layers)
@@ -341,12 +346,12 @@ def make_train_step(
 
     slope = jax.grad(scores, has_aux=True)
 
-    def gradient(params, frozen, write_penalty, batch, state):
+    def gradient(params, frozen, write_penalty, write_shift, batch, state):
         if accumulate == 1:
-            return slope(params, frozen, write_penalty, batch, state)
+            return slope(params, frozen, write_penalty, write_shift, batch, state)
 
         def add(total, part):
-            found, (scores, *after) = slope(params, frozen, write_penalty, *part)
+            found, (scores, *after) = slope(params, frozen, write_penalty, write_shift, *part)
             return jax.tree.map(jnp.add, total, (found, scores)), after
 
         zeros = jax.tree.map(jnp.zeros_like, params), Scores(*[jnp.float32(0)] * 4)
@@ -357,11 +362,18 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def train_step(
-        params, optimizer_state, batch, state=None, frozen=None, rate=1.0, write_penalty=0.0
+        params,
+        optimizer_state,
+        batch,
+        state=None,
+        frozen=None,
+        rate=1.0,
+        write_penalty=0.0,
+        write_shift=0.0,
     ):
         batch = batch.replace(weights=_shares(batch.weights))
         gradients, (scores, finite, memories) = gradient(
-            params, frozen, write_penalty, batch, state
+            params, frozen, write_penalty, write_shift, batch, state
         )
         norm = optax.global_norm(gradients)
         sound = jnp.isfinite(scores.loss) & jnp.isfinite(norm)
@@ -378,6 +390,13 @@ def make_train_step(
         return optax.apply_updates(params, updates), new_state, metrics
 
     return train_step
+
+
+def _shifted(params: Params, write_shift: Float[Array, ""]) -> Params:
+    """The parameters with the biases of write gates raised, of rules that have them."""
+    return jax.tree.map_with_path(
+        lambda path, x: x + write_shift if path[-1].key == WRITE_BIAS else x, params
+    )
 
 
 def _watched(scores: Scores, gradients: Params) -> Metrics:

@@ -344,6 +344,17 @@ def test_strange_texts_are_not_to_be_predicted(tokenizer, tmp_path):
     assert all(row.ids[0] == BOS and len(row.ids) == 1024 for row in rows)
 
 
+def test_other_texts_are_as_strange(make_task, tokenizer, tmp_path):
+    other = save_text(tmp_path / "other", np.full(5000, 1_000_001))
+    noise = sources.Noise(1.0, batch_encoder(tokenizer), (other,))
+    source = dataclasses.replace(make_task(), noise=noise)
+    rows = [source.row(np.random.default_rng(seed), 1024) for seed in range(30)]
+    hidden_in_it = [np.mean(row.ids == 1_000_001) > 0.5 for row in rows]
+    assert 0.1 < np.mean(hidden_in_it) < 0.6
+    assert all((row.weights[~row.answers] == 0).all() and row.answers.any() for row in rows)
+    assert source.files[-1] == other.ids.name and len(source.files) == 2
+
+
 def test_facts_are_worded_in_all_the_forms_that_are_named(make_task, tokenizer):
     classic = "special magic"
 

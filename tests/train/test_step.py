@@ -209,6 +209,25 @@ def test_the_penalty_is_the_mean_logarithm_of_the_tokens_written():
     assert np.abs(wanted["layers_0"]["attention"]["memory"]["write_bias"]).min() > 0.1
 
 
+def test_a_shift_raises_the_write_gates_of_a_step_alone():
+    config = small(rule="gated_delta")
+    batch, before = make_batch(config), random_params(config, scale=0.2)
+    step = make_train_step(config, optax.sgd(1.0), watch=True)
+
+    def after(raised, **given):
+        params = jax.tree.map_with_path(
+            lambda path, x: x + raised if path[-1].key == "write_bias" else jnp.copy(x), before
+        )
+        return step(params, optax.sgd(1.0).init(0), batch, **given)
+
+    shifted, _, metrics = after(0.0, write_shift=1.5)
+    raised, _, wanted = after(1.5)
+    assert metrics["written"] == pytest.approx(np.asarray(wanted["written"]))
+    assert metrics["written"][0] > after(0.0)[2]["written"][0] + 0.1
+    biases = [p["layers_0"]["attention"]["memory"]["write_bias"] for p in (shifted, raised)]
+    np.testing.assert_allclose(biases[0] + 1.5, biases[1], rtol=1e-5)
+
+
 def test_groups_have_their_learning_rates_and_decay():
     params = jax.tree.map(jnp.ones_like, random_params(small(rule="gated_delta")))
     gradients = jax.tree.map(lambda leaf: 0.001 * jnp.ones_like(leaf), params)

@@ -349,10 +349,16 @@ def test_the_recipe_of_adapters_gives_a_model_another_memory(command, taught, ho
     assert (adapter.memory.rule, adapter.trained) == ("selective_delta", "lora")
 
 
-def test_a_penalty_needs_a_rule_that_counts(command, scratch, tmp_path):
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [("--write-penalty", "does not count what it writes"), ("--write-margin", "has no write gates")],
+)
+def test_gates_are_pressed_shut_only_where_there_are_some(
+    command, scratch, tmp_path, option, what
+):
     given = ["--steps", 1, "--output", tmp_path / "one", "--memory", "linear"]
-    done = command(*scratch, *given, "--write-penalty", 0.1)
-    assert done.code == 2 and "linear does not count what it writes" in done.err
+    done = command(*scratch, *given, option, 0.1)
+    assert done.code == 2 and f"linear {what}: leave out {option}." in done.err
 
 
 def test_a_quantised_model_has_its_memory_trained_alone(command, taught, tmp_path):
