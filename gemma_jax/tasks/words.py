@@ -71,7 +71,7 @@ CODED_WORD = f"(?:[{_CONSONANTS}][{_VOWELS}]){{4}}"  # as a regular expression
 
 
 def of_split(words: list[str], split: str, every: int = 3) -> list[str]:
-    """The words for training (`train`, `invented`), the held-out ones (the last of `every` so many), or all."""
+    """The words for training (`train`, `invented`), those held out (the last of `every` so many), or all."""
     held_out = set(words[every - 1 :: every])
     return [word for word in words if split == "all" or (word in held_out) == (split == "held_out")]
 

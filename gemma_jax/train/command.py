@@ -240,9 +240,9 @@ def make_run(
     from gemma_jax.model.adapting import split
     from gemma_jax.model.memory import make_rule
     from gemma_jax.train.loop import Run
-    from gemma_jax.train.step import WRITE_BIAS
     from gemma_jax.train.plan import Plan
     from gemma_jax.train.saving import Checkpoints
+    from gemma_jax.train.step import WRITE_BIAS
 
     trained, frozen = split(
         params,

@@ -32,7 +32,9 @@ MOST_MARKS, LONGEST_MARK = 12, 6  # what is strewn over a text: pieces, and toke
 MOST_MARKED = 0.2  # share of its tokens
 COUNTED = 4096  # numbers to choose from
 ALONE = 0.3  # share of the sequences with one question, among much that is not to be remembered
-LEAST_ANSWER = 3.0  # tokens that an answer counts as at least, so that one word is worth remembering
+LEAST_ANSWER = (
+    3.0  # tokens that an answer counts as at least, so that one word is worth remembering
+)
 Part = tuple[Any, bool]  # ids of a piece of a sequence, and whether it is an answer
 SEEDS = 2**31  # of episodes
 TRIES = 16  # to find an episode that is not too long
@@ -151,7 +153,9 @@ class TextSource:
         strange = _is_strange(self.noise, rng)
         if strange:
             ids = self.noise.make(rng, ids)
-        weights = np.full(length, 0.0 if strange else self.language_weight.at(length - 1), np.float32)
+        weights = np.full(
+            length, 0.0 if strange else self.language_weight.at(length - 1), np.float32
+        )
         return Row(_joined([[self.bos_id], ids]), weights, np.zeros(length, bool))
 
 

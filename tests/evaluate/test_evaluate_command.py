@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import importlib.util
 import json
-import lzma
 import os
 import shlex
 import signal
@@ -32,29 +31,6 @@ from gemma_jax.train.result import write_adapter
 GRID = ["--task", "passkey", "--lengths", "500,700", "--depths", "0,100", "--trials", "3"]
 SMALL = ["--segment-length", "64", "--batch-size", "3"]
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-
-
-@dataclasses.dataclass
-class Finished:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def evaluate(capsys, monkeypatch):
-    """Runs the command in this process, as if it was typed."""
-
-    def call(*arguments) -> Finished:
-        arguments = [str(argument) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
-        try:
-            code = command.main()
-        except SystemExit as exit_:
-            code = exit_.code
-        return Finished(code, *capsys.readouterr())
-
-    return call
 
 
 def rows(directory, setting="ours"):
@@ -483,27 +459,3 @@ def test_nothing_to_evaluate_is_refused(evaluate, tmp_path):
 def test_other_settings_need_another_directory(whole, sources, evaluate):
     result = evaluate("--model", sources[1], *GRID, *SMALL, "--seed", 5, "--output", whole)
     assert result.code == 2 and "seed was 0, now 5" in result.err
-
-
-def test_perplexity_is_still_the_mode_of_a_text(sources, evaluate, tmp_path):
-    (tmp_path / "text.txt").write_text("the people called him by his name and " * 20)
-    arguments = ["--model", sources[1], "--text", tmp_path / "text.txt", "--tokens", "120"]
-    forms = ["--local-attention", "segment", "--segment-length", "64"]
-    result = evaluate(*arguments, *forms, "--without-sink", "--json")
-    found = [json.loads(line) for line in result.out.splitlines()]
-    assert result.code == 0 and len(found) == 2
-    assert {record["segment_length"] for record in found} == {64}
-    assert all(0 < record["nll"] < 30 and record["tokens"] == 120 for record in found)
-
-
-def test_perplexity_of_a_compressed_text_is_that_of_the_text(sources, evaluate, tmp_path):
-    data = b"\xef\xbb\xbf" + b"the people called him\r\nby his name and " * 20
-    (tmp_path / "text.txt").write_bytes(data)
-    (tmp_path / "text.txt.xz").write_bytes(lzma.compress(data))
-    (tmp_path / "bad.txt.xz").write_bytes(lzma.compress(data)[:-30])
-    arguments = ["--model", sources[1], "--segment-length", "64", "--json", "--text"]
-    plain, packed, bad = (
-        evaluate(*arguments, tmp_path / name) for name in ("text.txt", "text.txt.xz", "bad.txt.xz")
-    )
-    assert plain.code == 0 and plain.out == packed.out
-    assert bad.code == 3 and "bad.txt.xz cannot be read" in bad.err

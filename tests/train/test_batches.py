@@ -25,7 +25,9 @@ TASKS = ("passkey", "niah_multikey_1", "niah_multivalue", "variable_tracking", "
 def make_task(book, tokenizer):
     def make(name="passkey", density=8.0):
         density = density if isinstance(density, Ramp) else Ramp(density, density, (512, 2048))
-        return sources.TaskSource(name, (book,), batch_encoder(tokenizer), BOS, LANGUAGE, density, 256)
+        return sources.TaskSource(
+            name, (book,), batch_encoder(tokenizer), BOS, LANGUAGE, density, 256
+        )
 
     return make
 

@@ -351,11 +351,12 @@ def test_the_recipe_of_adapters_gives_a_model_another_memory(command, taught, ho
 
 @pytest.mark.parametrize(
     ("option", "what"),
-    [("--write-penalty", "does not count what it writes"), ("--write-margin", "has no write gates")],
+    [
+        ("--write-penalty", "does not count what it writes"),
+        ("--write-margin", "has no write gates"),
+    ],
 )
-def test_gates_are_pressed_shut_only_where_there_are_some(
-    command, scratch, tmp_path, option, what
-):
+def test_gates_are_pressed_shut_only_where_there_are_some(command, scratch, tmp_path, option, what):
     given = ["--steps", 1, "--output", tmp_path / "one", "--memory", "linear"]
     done = command(*scratch, *given, option, 0.1)
     assert done.code == 2 and f"linear {what}: leave out {option}." in done.err
