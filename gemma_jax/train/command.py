@@ -177,7 +177,7 @@ def make_data(
             hay = tuple(text(file) for file in filler(options))
             reach = config.memory.reach
             task = (what, hay, encode, config.bos_id, weight, Ramp(*options.density, ends), reach)
-            return [sources.TaskSource(*task, noise, tuple(options.forms))]
+            return [sources.TaskSource(*task, noise, tuple(options.forms), loose=options.loose)]
         if kind == "text":
             texts = tuple(text(file) for file in matches(what))
             return [sources.TextSource(texts, config.bos_id, weight, noise)]

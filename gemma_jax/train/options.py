@@ -231,6 +231,14 @@ def make_parser() -> ArgumentParser:
     )
     add(
         group,
+        "--loose",
+        0.0,
+        metavar="P",
+        type=real(0, 1),
+        help="share of the passkeys and needles that are worded more freely than any form",
+    )
+    add(
+        group,
         "--noise",
         0.0,
         metavar="P",

@@ -8,6 +8,7 @@ when it is first used. `shortest` is the least length that makes sense, `files` 
 import dataclasses
 import functools
 import itertools
+import random
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from gemma_jax.text import BatchEncoder
 from gemma_jax.train.corpus import Haystack, RecordBook, Records, Text
 from gemma_jax.train.plan import Ramp
 from gemma_jax.train.tokenizer import NUMBERS
+from gemma_jax.train.wording import loosely
 
 MOST_QUESTIONS = 64  # of an episode
 STOP = "."  # ends every reply
@@ -202,6 +204,7 @@ class TaskSource:
         noise: what some of the haystacks are made into.
         forms, keys: wordings, and names that facts go by, as `gemma_jax.tasks.make` knows them; an
             episode has one of each.
+        loose: share of the episodes that are worded more freely than any form, see `wording.loosely`.
     """
 
     name: str
@@ -214,6 +217,7 @@ class TaskSource:
     noise: Noise | None = None
     forms: tuple[str, ...] = ("train",)
     keys: tuple[str, ...] = ("train", "invented")
+    loose: float = 0.0
 
     @property
     def files(self) -> list[str]:
@@ -234,7 +238,9 @@ class TaskSource:
 
     def episode(self, seed: int, depths: list[float]) -> Episode:
         """In the wording and with the keys that the seed has."""
-        return self._tasks[seed % len(self._tasks)].episode(seed, depths)
+        episode = self._tasks[seed % len(self._tasks)].episode(seed, depths)
+        rng = random.Random(f"wording:{seed}")
+        return loosely(episode, rng) if rng.random() < self.loose else episode
 
     @property
     def most_questions(self) -> int:

@@ -346,6 +346,18 @@ def test_strange_texts_are_not_to_be_predicted(tokenizer, tmp_path):
     assert all(row.ids[0] == BOS and len(row.ids) == 1024 for row in rows)
 
 
+def test_some_facts_are_worded_as_no_form_has_them(make_task, tokenizer):
+    source = make_task("niah_single_2")
+
+    def facts(loose):
+        worded = dataclasses.replace(source, loose=loose)
+        return [worded.episode(seed, [0.5]).facts[0].text for seed in range(40)]
+
+    plain, some, all_ = facts(0.0), facts(0.5), facts(1.0)
+    assert 5 < sum(a != b for a, b in zip(plain, some, strict=True)) < 25
+    assert 20 < sum(a != b for a, b in zip(plain, all_, strict=True))
+
+
 def test_other_texts_are_as_strange(make_task, tokenizer, tmp_path):
     other = save_text(tmp_path / "other", np.full(5000, 1_000_001))
     noise = sources.Noise(1.0, batch_encoder(tokenizer), (other,))
