@@ -27,6 +27,13 @@ VARIANTS = {
     "selective_delta": ("--memory", "selective_delta", "--write-gate", "hard_sigmoid"),
 }
 
+UNPRESSED = (
+    "--write-penalty",
+    "0",
+    "--write-margin",
+    "0",
+)  # of rules that do not count what they write
+
 
 class Trained:
     """A model that `gemma_jax.train` makes for the comparison, and what is known of it then."""
@@ -138,7 +145,7 @@ class Learner(Trained):
         return [
             *common_options(self.options),
             *VARIANTS.get(self.rule, ("--memory", self.rule)),
-            *([] if counts_writes(self.rule, self.options) else ["--write-penalty", "0"]),
+            *([] if counts_writes(self.rule, self.options) else UNPRESSED),
             *("--seed", str(self.seed), "--output", str(self.model), "--resume"),
             *("--data-workers", str(workers(self.options))),
         ]

@@ -26,19 +26,20 @@ def evaluate(options: argparse.Namespace) -> None:
     from gemma_jax.checkpoint import store
 
     keep_compiled_programs()
-    models = [store.load(options.model, memory=options.memory, dtype=options.dtype)]
-    if options.adapter:
-        models.append(store.load(options.model, adapter=options.adapter, dtype=options.dtype))
-    ids = read_ids(models[0], options.text, options.tokens)
-    peer = None
-    if options.peer:
-        peer = peer_nll(options.peer, ids)
-        _print({"model": "transformers, full attention"}, peer, peer, options.json)
-    for model, name in zip(models, ("", " with adapter"), strict=False):
-        recorded = model.config.memory
+    given = {"memory": options.memory, "adapter": options.adapter}
+    memory = store.read_config(options.model, **given).memory
+    subjects = [("", {}), (" with adapter", given)] if options.adapter else [("", given)]
+    ids, peer = None, None
+    for name, which in subjects:
+        model = store.load(options.model, dtype=options.dtype, **which)
+        if ids is None:
+            ids = read_ids(model, options.text, options.tokens)
+            if options.peer:
+                peer = peer_nll(options.peer, ids)
+                _print({"model": "transformers, full attention"}, peer, peer, options.json)
         for form, length, sink in itertools.product(
-            options.local_attention or [recorded.local_attention],
-            options.segment_length or [recorded.segment_length],
+            options.local_attention or [memory.local_attention],
+            options.segment_length or [memory.segment_length],
             (True, False) if options.without_sink else (True,),
         ):
             config = model.config.with_memory(

@@ -108,6 +108,10 @@ def check(options: argparse.Namespace) -> None:
     filler(options)
     for what in options.noise_text or ():
         matches(what)
+    if options.noise_text and not options.noise:
+        raise UsageError(
+            "--noise-text gives strange texts: say by --noise how many there are to be."
+        )
     if options.probe_lengths and not any(kind == "task" for kind, _, _ in options.data):
         raise UsageError("--probe-lengths measures recall of tasks: name one in --data.")
     if options.overwrite and options.resume:
@@ -281,7 +285,9 @@ def make_run(
             f"Memory rule {rule} does not count what it writes: leave out --write-penalty."
         )
     if plan.write_margin and WRITE_BIAS not in make_rule(config).params():
-        raise UsageError(f"Memory rule {rule} has no write gates: leave out --write-margin.")
+        raise UsageError(
+            f"Memory rule {rule} has no parameter {WRITE_BIAS}: leave out --write-margin."
+        )
     checkpoints = Checkpoints(directory / "checkpoints", options.keep)
     begun_with = {
         name: value for name, value in vars(options).items() if name not in command_line.PER_RUN
@@ -336,7 +342,7 @@ def warn_of_changes(begun_with: dict[str, Any], options: dict[str, Any], console
 
     options = json.loads(json.dumps(options))  # tuples are lists on disk
     for name, value in options.items():
-        before = begun_with.get(name)
+        before = begun_with.get(name, value)  # the option may be newer than the run
         if before == value:
             continue
         option = f"--{name.replace('_', '-')}"
@@ -405,7 +411,8 @@ def public(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("model", "config", "tokenizer"):
         if name in found:
             found[name] = names(found[name])
-    if "filler" in found:
-        found["filler"] = [names(pattern) for pattern in found["filler"]]
+    for name in ("filler", "noise_text"):
+        if name in found:
+            found[name] = [names(pattern) for pattern in found[name]]
     found["data"] = [(kind, names(what), weight) for kind, what, weight in found["data"]]
     return found

@@ -114,19 +114,23 @@ def source(text: str) -> tuple[str, str, tuple[float, float]]:
 
 def ramp(text: str) -> tuple[float, float]:
     """`A:B`, a number for the shortest and one for the longest sequences, or one for both."""
-    first, _, last = text.partition(":")
-    try:
-        found = float(first), float(last or first)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, nor A:B") from None
+    found = _pair(text)
     if not all(0 < value < float("inf") for value in found):
         raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
     return found
 
 
 def ramp_or_none(text: str) -> tuple[float, float]:
-    """The same; 0 is for no sequence."""
-    return (0.0, 0.0) if text == "0" else ramp(text)
+    """The same, or 0 for both."""
+    return found if (found := _pair(text)) == (0.0, 0.0) else ramp(text)
+
+
+def _pair(text: str) -> tuple[float, float]:
+    first, _, last = text.partition(":")
+    try:
+        return float(first), float(last or first)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, nor A:B") from None
 
 
 def segments(text: str) -> tuple[int, int]:
@@ -153,7 +157,10 @@ def make_parser() -> ArgumentParser:
 
     def add(group: Any, name: str, default: Any = None, **options: Any) -> None:
         if default is not None:
-            options["help"] = f"{options.get('help', '')} (default: {default})".strip()
+            shown = default
+            if isinstance(default, tuple):  # A:B, where these differ
+                shown = ":".join(str(value) for value in dict.fromkeys(default))
+            options["help"] = f"{options.get('help', '')} (default: {shown})".strip()
         group.add_argument(name, default=default, **options)
 
     group = parser.add_argument_group("what is trained")
@@ -308,7 +315,7 @@ def make_parser() -> ArgumentParser:
         0.0,
         metavar="M",
         type=real(0),
-        help="up to which write gates' logits are raised, step by step, likewise: closed is for sure",
+        help="write gates' logits are raised by up to M, likewise: so closed gates stay closed",
     )
     add(group, "--clip-norm", 1.0, metavar="N", type=positive, help="of the gradient")
     add(group, "--b1", 0.9, metavar="B", type=real(0, 1), help="of AdamW")

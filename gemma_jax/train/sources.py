@@ -34,9 +34,7 @@ MOST_MARKS, LONGEST_MARK = 12, 6  # what is strewn over a text: pieces, and toke
 MOST_MARKED = 0.2  # share of its tokens
 COUNTED = 4096  # numbers to choose from
 ALONE = 0.3  # share of the sequences with one question, among much that is not to be remembered
-LEAST_ANSWER = (
-    3.0  # tokens that an answer counts as at least, so that one word is worth remembering
-)
+LEAST_ANSWER = 3.0  # tokens that an answer counts as, at least
 Part = tuple[Any, bool]  # ids of a piece of a sequence, and whether it is an answer
 SEEDS = 2**31  # of episodes
 TRIES = 16  # to find an episode that is not too long

@@ -1,7 +1,7 @@
-"""Wordings that nobody wrote: a fact with words in it that belong to others.
+"""Wordings that nobody wrote: facts and questions with words in them that belong to others.
 
-A few dozen sentence forms are soon known by heart. What is asked then has to be found by what stands in
-the fact and in its question alike, and in any sentence: keys, what they are keys of, and values.
+A few dozen sentence forms are soon known by heart. What is asked then has to be found by keys and values
+alone, in whatever sentence they stand.
 """
 
 import dataclasses
@@ -13,50 +13,53 @@ import string
 from gemma_jax.tasks.base import Episode
 from gemma_jax.tasks.forms import NEEDLES, PASSKEY
 
-TASKS = ("passkey", "niah_")  # beginnings of the names of those whose other words do not matter
-REPLACED, LEFT_OUT, ADDED = 0.25, 0.1, 0.1  # shares of the words that do not matter
+TASKS = (
+    "passkey",
+    "niah_",
+)  # beginnings of the tasks in which words beside key and value do not matter
+REPLACED, LEFT_OUT, ADDED = 0.25, 0.1, 0.1  # shares of these words
 _WORD = re.compile(r"\s*\S+")
 
 
 def loosely(episode: Episode, rng: random.Random) -> Episode:
-    """The episode with other words among those that do not matter; as it is, where all do."""
+    """The episode with other words among those that do not matter; as it is, where all do.
+
+    Needles' keys have a hyphen and stay, whether they are asked for or not. Of passkeys those words stay
+    that facts and questions have in common: whose they are, and what they are called.
+    """
     if not episode.task.startswith(TASKS):
         return episode
-    words_of = [set(_plain_words(fact.text)) for fact in episode.facts]
-    asked = [set(_plain_words(question.text)) for question in episode.questions]
-    kept: list[set[str]] = [set() for _ in episode.facts]
-    for question, words in zip(episode.questions, asked, strict=True):
-        for fact in question.facts:
-            kept[fact] |= words
+    kept: set[str] = set()
+    if episode.task == "passkey":
+        told, asked = (
+            {_plain(word) for part in parts for word in part.text.split()}
+            for parts in (episode.facts, episode.questions)
+        )
+        kept = told & asked
+
+    def reworded(parts):
+        return tuple(
+            dataclasses.replace(part, text=_reworded(part.text, kept, rng)) for part in parts
+        )
+
     return dataclasses.replace(
-        episode,
-        facts=tuple(
-            dataclasses.replace(fact, text=_reworded(fact.text, words, rng))
-            for fact, words in zip(episode.facts, kept, strict=True)
-        ),
-        questions=tuple(
-            dataclasses.replace(
-                question,
-                text=_reworded(
-                    question.text, set().union(*(words_of[i] for i in question.facts)), rng
-                ),
-            )
-            for question in episode.questions
-        ),
+        episode, facts=reworded(episode.facts), questions=reworded(episode.questions)
     )
 
 
 def _reworded(text: str, kept: set[str], rng: random.Random) -> str:
+    """Punctuation stays, and the white space that the text begins with."""
     made = []
     for piece in _WORD.findall(text):
         word = piece.strip()
-        if _plain(word) in kept or not word.strip(string.punctuation).isalpha():
+        bare = word.strip(string.punctuation)
+        if not bare.isalpha() or _plain(word) in kept:
             made.append(piece)
             continue
         chance = rng.random()
         if chance < REPLACED:
-            made.append(piece.replace(word, rng.choice(_other_words())))
-        elif chance > REPLACED + LEFT_OUT or not made:  # the first begins with the separator
+            made.append(piece.replace(bare, rng.choice(_other_words())))
+        elif chance > REPLACED + LEFT_OUT or bare != word or not made:
             made.append(piece)
         if chance > 1.0 - ADDED:
             made.append(f" {rng.choice(_other_words())}")
@@ -69,10 +72,6 @@ def _other_words() -> tuple[str, ...]:
     forms = [PASSKEY["train"], NEEDLES["train"]]
     texts = [text for form in forms for text in (*form.facts, *form.questions)]
     return tuple(sorted({word for text in texts for word in text.split() if word.isalpha()}))
-
-
-def _plain_words(text: str) -> list[str]:
-    return [_plain(word) for word in text.split()]
 
 
 def _plain(word: str) -> str:

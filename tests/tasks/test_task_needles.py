@@ -115,6 +115,14 @@ def test_a_haystack_of_needles_needs_a_key_of_its_own():
         task.episode(0, [0.5], most + 1)
 
 
+def test_invented_keys_are_as_many_all_different_and_of_no_listed_word():
+    train, invented = (list(words.keys(random.Random(1), split)) for split in ("train", "invented"))
+    assert len(invented) == len(set(invented)) == len(train)
+    known = {*words.ADJECTIVES, *words.NOUNS}
+    assert not known & {part for key in invented for part in key.split()}
+    assert invented != list(words.keys(random.Random(2), "invented"))
+
+
 def test_training_shares_no_word_of_a_key_and_no_wording_with_the_tests():
     def parts(split):
         return {part for key in words.keys(random.Random(0), split) for part in key.split()}

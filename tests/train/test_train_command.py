@@ -353,13 +353,39 @@ def test_the_recipe_of_adapters_gives_a_model_another_memory(command, taught, ho
     ("option", "what"),
     [
         ("--write-penalty", "does not count what it writes"),
-        ("--write-margin", "has no write gates"),
+        ("--write-margin", "has no parameter write_bias"),
     ],
 )
 def test_gates_are_pressed_shut_only_where_there_are_some(command, scratch, tmp_path, option, what):
     given = ["--steps", 1, "--output", tmp_path / "one", "--memory", "linear"]
     done = command(*scratch, *given, option, 0.1)
     assert done.code == 2 and f"linear {what}: leave out {option}." in done.err
+
+
+def test_a_margin_raises_gates_when_the_longest_sequences_have_come(command, scratch, tmp_path):
+    def written(margin):
+        output = tmp_path / f"margin-{margin}"
+        pressed = ["--growth", 0, "--write-margin", margin, "--memory", "gated_delta"]
+        given = ["--steps", 4, "--log-steps", 1, "--warmup", 100, "--output", output]
+        done = command(*scratch, *pressed, *given)
+        assert done.code == 0, done.err
+        return [float(row["written_0"]) for row in rows(output)]
+
+    plain, pressed = written(0), written(1000)
+    assert plain[0] == pressed[0] < 0.7, "of no budget nothing is spent yet"
+    assert max(plain) < 0.7 and pressed[1:] == [1.0, 1.0, 1.0]
+
+
+def test_loose_wordings_and_strange_texts_are_named_and_kept(command, scratch, home, tmp_path):
+    given = ["--steps", 1, "--data", "task:passkey", "--segments", 16, "--output", tmp_path / "one"]
+    other = ["--loose", 1, "--language-weight", "0.1:0.01", "--noise-text", home / "book.txt"]
+    done = command(*scratch, *given, *other)
+    assert done.code == 2 and "say by --noise how many" in done.err
+    done = command(*scratch, *given, *other, "--noise", 1)
+    assert done.code == 0, done.err
+    kept = json.loads((tmp_path / "one" / "training.json").read_text())["options"]
+    assert (kept["loose"], kept["noise_text"]) == (1.0, ["book.txt"])
+    assert kept["language_weight"] == [0.1, 0.01]
 
 
 def test_a_quantised_model_has_its_memory_trained_alone(command, taught, tmp_path):
