@@ -86,7 +86,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--keys",
         choices=KEYS,
         default="held_out",
-        help="names: those that training has, others (default: held_out), or all",
+        help="names: those that training has, or like them, others (default: held_out), or all",
     )
     how = parser.add_argument_group("how")
     how.add_argument("--adapter", metavar="DIR", help="what was trained for --model, alone")

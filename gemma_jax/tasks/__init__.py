@@ -35,8 +35,9 @@ def make(
         name: one of `names()`.
         forms: the wording of facts and questions: `classic`, `train` (to train on) or `held_out`.
             No wording is in two of them.
-        keys: the names that facts go by: `train`, `held_out` (no word of which is in the former, but
-            for bAbI's own names), or `all`. Tests use `held_out`, so that a memory that was trained on
+        keys: the names that facts go by: `train`, `invented` (for needles and passkeys: of words put
+            together from those), `held_out` (no word of which is in the former, but for bAbI's own
+            names), or `all`. Tests use `held_out`, so that a memory that was trained on
             `train` has not seen them.
         haystack: `grass`, `books` or `needles`, where the task can be hidden in it; None is what
             belongs to the task.

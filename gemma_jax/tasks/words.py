@@ -1,4 +1,4 @@
-"""What keys and values are made of: adjectives and nouns, numbers, UUIDs, and words that do not exist.
+"""What keys and values are made of: adjectives and nouns, numbers, UUIDs, and words put together.
 
 Training and tests must not share keys: of both word lists every third word is held out. A few hundred
 words are soon known by heart, so training also has keys of invented ones.

@@ -39,7 +39,7 @@ class Plan:
         schedule: how they fall, over the whole budget, to `final_rate` of it.
         accumulate, chunk_tokens, remat: see `make_train_step`.
         write_penalty: at its height, see `pressure`.
-        write_margin: the most that write gates are shifted by, when the penalty is at its height.
+        write_margin: the most that write gates are shifted by, when `pressure` is 1.
         log_steps: of a row of the log.
         probe_steps: between two probes; 0: only at the end.
         checkpoint_minutes, checkpoint_steps: between two checkpoints, whichever comes first.

@@ -64,7 +64,7 @@ class Noise:
     Attributes:
         share: of the stretches of text that are made strange.
         encode: the tokenizer's.
-        others: texts of another kind, whose stretches are as strange.
+        others: texts of another kind; some of the stretches are cut out of them instead.
     """
 
     share: float
@@ -246,7 +246,7 @@ class TaskSource:
         return self._tasks[0].most_questions or MOST_QUESTIONS
 
     def row(self, rng: np.random.Generator, length: int) -> Row:
-        wanted = max(1, round(self.density.at(length) * length / 1000 * rng.uniform(0.5, 1.5)))
+        wanted = max(1, round(self.density.at(length - 1) * length / 1000 * rng.uniform(0.5, 1.5)))
         wanted = 1 if rng.uniform() < ALONE else wanted
         spans = -(-wanted // self.most_questions)
         strange = _is_strange(self.noise, rng)

@@ -314,7 +314,7 @@ def make_train_step(
     gate opens seldom or never.
 
     `write_shift` is added to the logits of write gates. Where it changes from step to step, gates learn
-    to be as good as sure: open at facts without it, and shut on everything else with the most of it.
+    a margin: to open at facts without it, and to stay shut on everything else with the most of it.
 
     Metrics are scalars: `loss`, and `gradient_norm` before clipping. With `watch` also
 
