@@ -27,12 +27,8 @@ VARIANTS = {
     "selective_delta": ("--memory", "selective_delta", "--write-gate", "hard_sigmoid"),
 }
 
-UNPRESSED = (
-    "--write-penalty",
-    "0",
-    "--write-margin",
-    "0",
-)  # of rules that do not count what they write
+# Of rules that do not count what they write.
+UNPRESSED = ("--write-penalty", "0", "--write-margin", "0")
 
 
 class Trained:

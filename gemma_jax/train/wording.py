@@ -13,10 +13,8 @@ import string
 from gemma_jax.tasks.base import Episode
 from gemma_jax.tasks.forms import NEEDLES, PASSKEY
 
-TASKS = (
-    "passkey",
-    "niah_",
-)  # beginnings of the tasks in which words beside key and value do not matter
+# Beginnings of the names of tasks in which words beside key and value do not matter.
+TASKS = ("passkey", "niah_")
 REPLACED, LEFT_OUT, ADDED = 0.25, 0.1, 0.1  # shares of these words
 _WORD = re.compile(r"\s*\S+")
 
