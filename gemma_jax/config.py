@@ -45,6 +45,7 @@ class MemoryConfig:
     sink: bool = True  # the text's first token stays visible for ever
     # of rule gated_delta: "hard_sigmoid" reaches exactly 0, "sigmoid" does not
     write_gate: str = "hard_sigmoid"
+    slots: int = 256  # of rule slots: tokens that each KV head keeps
 
     def __post_init__(self):
         if self.local_attention not in LOCAL_ATTENTION_FORMS:
@@ -54,6 +55,8 @@ class MemoryConfig:
             )
         if self.segment_length < 1:
             raise UsageError(f"segment_length is {self.segment_length}: it must be at least 1.")
+        if self.slots < 1:
+            raise UsageError(f"slots is {self.slots}: it must be at least 1.")
         if self.write_gate not in ("hard_sigmoid", "sigmoid"):
             raise UsageError(f"write_gate is {self.write_gate!r}: choose hard_sigmoid or sigmoid.")
 

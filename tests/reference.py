@@ -15,7 +15,7 @@ import numpy as np
 import gemma_jax
 from gemma_jax.config import GLOBAL, SLIDING, GemmaConfig, MemoryConfig, Rope
 
-RULES = ("off", "linear", "delta", "gated_delta", "selective_delta")
+RULES = ("off", "linear", "delta", "gated_delta", "selective_delta", "slots")
 FORMS = ("transformer_xl", "segment")
 
 
@@ -37,7 +37,7 @@ def tiny_config(**changes: Any) -> GemmaConfig:
         qk_norm=True,
         post_norms=True,
         dtype="float32",
-        memory=MemoryConfig(segment_length=8),
+        memory=MemoryConfig(segment_length=8, slots=13),
     )
     memory = {key: changes.pop(key) for key in list(changes) if key in _MEMORY_FIELDS}
     return dataclasses.replace(config, **changes).with_memory(**memory)
@@ -198,6 +198,7 @@ def make_memory(config: GemmaConfig, p: Mapping[str, np.ndarray]) -> Any:
         "delta": PaperMemory,
         "gated_delta": GatedDeltaMemory,
         "selective_delta": SelectiveDeltaMemory,
+        "slots": SlotsMemory,
     }
     kind = kinds.get(config.memory.rule)
     return kind(config, p) if kind else None
@@ -286,4 +287,60 @@ class SelectiveDeltaMemory(GatedDeltaMemory):
             found = q[head] / np.sqrt((q[head] ** 2).sum() + 1e-6) @ self.arrays["M"][h]
             opens = sigmoid(q[head] @ self.p["read_kernel"][head] + self.p["read_bias"][head])
             out[head] += self.p["gate"][head] * opens * found
+        return out
+
+
+class SlotsMemory:
+    """A list of tokens per head, from which the one with the lowest score goes when it is too long."""
+
+    def __init__(self, config: GemmaConfig, p: Mapping[str, np.ndarray]):
+        self.config, self.p, self.tokens = config, p, 0
+        self.kept = [[] for _ in range(config.num_kv_heads)]  # (score, key, value)
+        self.written, self.offered = np.zeros((2, config.num_kv_heads))
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """With empty slots in front."""
+        count, heads, dim = self.config.memory.slots, self.config.num_kv_heads, self.config.head_dim
+        score = np.full((heads, count), -1e4)
+        key, value = np.zeros((2, heads, count, dim))
+        for h, kept in enumerate(self.kept):
+            for n, token in zip(range(count - len(kept), count), kept, strict=True):
+                score[h, n], key[h, n], value[h, n] = token
+        counts = {"written": self.written, "offered": self.offered}
+        return {"key": key, "value": value, "score": score, **counts}
+
+    def write(self, x: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        for t in range(len(k)):
+            unit = x[t] / np.sqrt((x[t] ** 2).mean() + 1e-6)
+            u = unit @ self.p["hidden_kernel"]
+            hidden = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
+            score = hidden @ self.p["score_kernel"] + unit @ self.p["write_kernel"]
+            score = score + self.p["write_bias"]
+            for h, kept in enumerate(self.kept):
+                kept.append((score[h], k[t, h], v[t, h]))
+                if len(kept) > self.config.memory.slots:
+                    kept.remove(min(kept, key=lambda token: token[0]))
+            self.written += sigmoid(score)
+            self.offered += 1
+        self.tokens += len(k)
+
+    def read(self, q: np.ndarray, attended: np.ndarray) -> np.ndarray:
+        out, rope, scale = attended.copy(), self.config.global_rope, self.config.query_scale
+        for head in range(len(q)):
+            kept = self.kept[head * self.config.num_kv_heads // len(q)]
+            asked = rotate(q[None, head : head + 1], np.array([len(kept) + 63]), rope)[0, 0]
+            logits = [q[head] @ self.p["null_kernel"][head] + self.p["null_bias"][head]]
+            for n, (score, key, _) in enumerate(kept):
+                place = rotate(key[None, None], np.array([n]), rope)[0, 0]
+                logit = scale * asked @ place
+                if cap := self.config.attention_softcap:
+                    logit = cap * np.tanh(logit / cap)
+                logits.append(logit + np.log(sigmoid(score)))
+            weights = np.exp(logits - np.max(logits))
+            weights /= weights.sum()
+            change = -weights[1:].sum() * attended[head]
+            for weight, (_, _, value) in zip(weights[1:], kept, strict=True):
+                change = change + weight * value
+            out[head] += self.p["gate"][head] * change
         return out

@@ -100,7 +100,7 @@ def _remembering(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--memory",
         metavar="RULE",
-        help="off, linear, delta, gated_delta, selective_delta, or FILE.py:CLASS",
+        help="off, linear, delta, gated_delta, selective_delta, slots, or FILE.py:CLASS",
     )
     group.add_argument("--segment-length", metavar="S", type=WHOLE(1), help="tokens per segment")
     group.add_argument(

@@ -1,15 +1,10 @@
-"""Memory rules: how a layer remembers the tokens that local attention no longer sees.
+"""The memory rules by name, and how layers use them.
 
-A rule is one class of pure functions: `params`, `features`, `init`, `read`, `prepare`, `write`. Ours
-are `off`, `linear`, `delta`, `gated_delta` and `selective_delta`; a rule of your own lives in your own
-file and is named `path/to/file.py:ClassName` wherever a rule's name is asked for.
-
-Memory is float32 and exists per layer and per KV head; the query heads of a group read the same one.
-Keys and queries enter it after QK-norm and before rotary embedding. Each token is written once, with
-its whole segment, when local attention stops seeing that segment.
+Ours are `off`, `linear`, `delta`, `gated_delta` and `selective_delta`, which keep a matrix, and `slots`,
+which keeps tokens; a rule of your own lives in your own file and is named `path/to/file.py:ClassName`
+wherever a rule's name is asked for.
 """
 
-import dataclasses
 import functools
 import importlib.util
 import sys
@@ -17,102 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from gemma_jax.config import GLOBAL, GemmaConfig
 from gemma_jax.errors import GemmaError, UsageError
 from gemma_jax.model import kernels
 from gemma_jax.model.delta import EPS, delta_map, einsum, l2_normalize
-
-Memory = dict[str, Array]
-Features = dict[str, Array]
-Params = dict[str, Array]
+from gemma_jax.model.rule import Features, Memory, MemoryRule, Parameter, Params
+from gemma_jax.model.slots import Slots
 
 UNROLL = 8  # segments
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """A parameter of a rule: float32, one per layer that has memory."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]  # logical names of the axes
-    init: Callable = nn.initializers.zeros
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryRule:
-    """What every rule provides; this one remembers nothing (rule `off`).
-
-    Axis letters are those of `gemma_jax`. `p` holds the arrays of `params`, of one layer.
-    """
-
-    config: GemmaConfig
-
-    def params(self) -> dict[str, Parameter]:
-        """The rule's own parameters."""
-        return {}
-
-    def features(
-        self,
-        p: Params,
-        x: Float[Array, "B T D"],
-        q: Float[Array, "B T H C"],
-        k: Float[Array, "B T K C"],
-        v: Float[Array, "B T K C"],
-    ) -> Features:
-        """What must be known of each token when it is written, beside its key and value.
-
-        Returns arrays [B, T, ...]. They are buffered in State until the segment is written.
-        """
-        return {}
-
-    def init(self, batch_size: int) -> Memory:
-        """The memory of a text of which nothing was written yet: arrays [B, ...]."""
-        return {}
-
-    def read(
-        self,
-        p: Params,
-        memory: Memory,
-        q: Float[Array, "B T H C"],
-        attended: Float[Array, "B T H C"],
-    ) -> Float[Array, "B T H C"]:
-        """Mixes what the queries find in memory with what local attention found."""
-        return attended
-
-    def lookup(self, p: Params, memory: Memory) -> Any:
-        """`read` as a `kernels.decode.Lookup`, if the kernels for decoding can do it; else None."""
-        return None
-
-    def prepare(self, features: Features, mask: Bool[Array, "B S"]) -> Features:
-        """What of a write does not depend on memory; `features` has `key` and `value` [B, S, K, C].
-
-        It is computed for many segments at once, and given to `write` in place of `features`.
-        """
-        return features
-
-    def write(self, memory: Memory, features: Features, mask: Bool[Array, "B S"]) -> Memory:
-        """The memory after a segment of which `prepare` gave `features`.
-
-        Tokens outside `mask` must leave no trace.
-        """
-        return memory
-
-    def gates(self, p: Params) -> dict[str, Array]:
-        """For inspection: how much each query head listens to memory."""
-        return {}
-
-    def grouped(self, q: Float[Array, "B T H C"]) -> Float[Array, "B T K G C"]:
-        """Query heads by the KV head they belong to, in float32."""
-        q = q.reshape(*q.shape[:2], self.config.num_kv_heads, -1, self.config.head_dim)
-        return q.astype(jnp.float32)
-
-    def zeros(self, batch_size: int, *shape: int) -> Float[Array, "B K *shape"]:
-        return jnp.zeros((batch_size, self.config.num_kv_heads, *shape), jnp.float32)
 
 
 def elu_plus_one(x: Array) -> Array:
@@ -301,6 +212,7 @@ RULES: dict[str, type[MemoryRule]] = {
     "delta": Delta,
     "gated_delta": GatedDelta,
     "selective_delta": SelectiveDelta,
+    "slots": Slots,
 }
 
 

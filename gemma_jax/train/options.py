@@ -195,6 +195,7 @@ def make_parser() -> ArgumentParser:
     add(group, "--segment-length", metavar="S", type=whole(1), help="tokens per segment")
     group.add_argument("--local-attention", choices=LOCAL_ATTENTION_FORMS)
     group.add_argument("--write-gate", choices=("hard_sigmoid", "sigmoid"))
+    add(group, "--slots", metavar="N", type=whole(1), help="tokens a KV head keeps, of rule slots")
     group.add_argument("--dtype", choices=DTYPES, help="of activations, and of what is not trained")
 
     group = parser.add_argument_group("what it learns from")

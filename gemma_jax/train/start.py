@@ -43,7 +43,8 @@ def make_model(
         tell: is told what takes long.
     """
     settings = {
-        name: getattr(options, name) for name in ("segment_length", "local_attention", "write_gate")
+        name: getattr(options, name)
+        for name in ("segment_length", "local_attention", "write_gate", "slots")
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     if options.model:

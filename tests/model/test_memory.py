@@ -102,6 +102,7 @@ def test_what_is_masked_leaves_no_trace(rule):
         "key": jnp.asarray(rng.normal(size=(3, length, *heads)), jnp.float32),
         "value": jnp.asarray(rng.normal(size=(3, length, *heads)), jnp.float32),
         "write": jnp.asarray(rng.uniform(size=(3, length, heads[0])), jnp.float32),
+        "score": jnp.asarray(rng.normal(size=(3, length, heads[0])), jnp.float32),
     }
     before = jax.tree.map(lambda leaf: leaf + 0.5, made.init(3))
     present = jnp.array([True, False, True])
@@ -179,10 +180,11 @@ def test_inspect_tells_gates_and_written_share(rule):
     found = gemma_jax.inspect(params, state, config=config)
     assert list(found) == [0, 2]  # the sliding layer has no memory
     gate = np.asarray(params["layers_2"]["attention"]["memory"]["gate"], np.float64)
-    expected = gate if rule.endswith("_delta") else 1 / (1 + np.exp(-gate))
+    expected = 1 / (1 + np.exp(-gate)) if rule in ("linear", "delta") else gate
     np.testing.assert_allclose(found[2]["read"], expected, rtol=1e-6)
-    np.testing.assert_array_equal(found[0]["M"], state.layers[0].memory["M"])
-    if rule.endswith("_delta"):
+    held = "key" if rule == "slots" else "M"
+    np.testing.assert_array_equal(found[0][held], state.layers[0].memory[held])
+    if rule not in ("linear", "delta"):
         share = np.asarray(found[0]["written_share"])
         assert share.shape == (2, 2) and (share > 0).all() and (share < 1).all()
         np.testing.assert_array_equal(found[0]["offered"], np.full((2, 2), 32.0))

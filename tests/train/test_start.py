@@ -79,3 +79,11 @@ def test_a_model_without_memory_gets_a_fresh_one_of_the_rule_and_gate_that_are_a
     wanted = gemma_jax.abstract_params(config)
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, wanted)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(memory))
+
+
+def test_slots_are_as_many_as_are_asked_for_and_read_from_the_start(without_memory, tmp_path):
+    given = ["--model", str(without_memory), "--train", "all", "--memory", "slots", "--slots", "7"]
+    config, params, _, _ = make_model(options.parse(given), [], tmp_path, lambda *_: None)
+    assert (config.memory.rule, config.memory.slots) == ("slots", 7)
+    np.testing.assert_array_equal(params["layers_0"]["attention"]["memory"]["gate"], 1.0)
+    assert gemma_jax.init_state(config).layers[0].memory["key"].shape[2] == 7

@@ -305,6 +305,7 @@ def test_recipes_that_come_with_the_package_are_known_by_name(tmp_path, monkeypa
     assert found.data and Path(found.config).is_file()
     config = start.read_config(Path(found.config))
     assert int(found.tokenizer.removeprefix(start.NEW)) <= config.vocab_size
+    assert options.parse(["--recipe", "demo_slots"]).data == found.data
     Path("demo").write_text("steps = 7\n")
     assert options.parse(["--recipe", "demo"]).steps == 7  # a file of one's own goes first
 
@@ -346,7 +347,7 @@ def test_the_recipe_of_adapters_gives_a_model_another_memory(command, taught, ho
     done = command(*given, *small, *data)
     assert done.code == 0, done.err
     adapter = adapters.read(tmp_path / "one")
-    assert (adapter.memory.rule, adapter.trained) == ("selective_delta", "lora")
+    assert (adapter.memory.rule, adapter.memory.slots, adapter.trained) == ("slots", 1024, "memory")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,134 @@
+"""The memory of whole tokens: which of them stay, and that nothing else depends on what was read."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import NumpyGemma, all_logits, random_params, random_tokens, tiny_config
+
+import gemma_jax
+from gemma_jax.config import GemmaConfig
+from gemma_jax.errors import UsageError
+from gemma_jax.model import slots
+from gemma_jax.model.memory import make_rule, write_segments
+
+SEGMENTS, LENGTH = 12, 8
+
+
+def written(scores, count, dtype="float32"):
+    """Memory after tokens with these scores [T]; each token's key and value say which it was."""
+    config = tiny_config(rule="slots", slots=count, num_kv_heads=1, dtype=dtype)
+    rule = make_rule(config)
+    number = jnp.arange(len(scores), dtype=jnp.float32).reshape(-1, 1, LENGTH, 1, 1)
+    tokens = {
+        "key": jnp.broadcast_to(number, (*number.shape[:-1], 8)).astype(dtype),
+        "value": jnp.broadcast_to(-number, (*number.shape[:-1], 8)).astype(dtype),
+        "score": jnp.asarray(scores, jnp.float32).reshape(-1, 1, LENGTH, 1),
+    }
+    present = jnp.ones((len(number), 1), bool)
+    return jax.tree.map(lambda x: x[0, 0], write_segments(rule, rule.init(1), tokens, present)[0])
+
+
+def test_the_highest_scores_stay_in_the_order_of_the_text():
+    scores = np.random.default_rng(0).normal(size=SEGMENTS * LENGTH)
+    memory = written(scores, 10)
+    best = np.sort(np.argsort(scores)[-10:])
+    np.testing.assert_array_equal(memory["key"][:, 0], best)
+    np.testing.assert_array_equal(memory["value"][:, 0], -best)
+    np.testing.assert_allclose(memory["score"], scores[best], rtol=1e-6)
+
+
+def test_of_equal_scores_the_newest_stay():
+    total = SEGMENTS * LENGTH
+    np.testing.assert_array_equal(
+        written(np.zeros(total), 10)["key"][:, 0], range(total - 10, total)
+    )
+
+
+def test_a_short_text_fills_the_slots_from_behind():
+    memory = written(np.zeros(LENGTH), 10)
+    np.testing.assert_array_equal(memory["key"][:, 0], [0, 0, *range(LENGTH)])
+    np.testing.assert_array_equal(memory["score"] == slots.EMPTY, [True] * 2 + [False] * LENGTH)
+
+
+def test_tokens_are_kept_as_they_are():
+    memory = written(np.zeros(LENGTH), 10, "bfloat16")
+    assert memory["key"].dtype == memory["value"].dtype == jnp.bfloat16
+    assert memory["score"].dtype == jnp.float32
+
+
+def test_what_scores_less_is_as_if_it_had_never_been_read():
+    """A fact among 100,000 other tokens is found as among ten: bit by bit."""
+    scores = np.full(100_000, -20.0)
+    scores[3:10] = 5.0
+    near, far = written(scores[:16], 7), written(scores, 7)
+    for name in ("key", "value", "score"):
+        np.testing.assert_array_equal(near[name], far[name])
+
+
+def test_choosing_has_the_gradient_of_a_gather():
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(2, 3, 9, 4)))
+    weights = jnp.asarray(rng.normal(size=(2, 3, 5, 4)))
+    best = slots._highest(jnp.asarray(rng.normal(size=(2, 3, 9))), 5)
+
+    def ours(x):
+        return jnp.sum(weights * slots._choose(x, best, slots._places(best, 9)))
+
+    def plain(x):
+        return jnp.sum(weights * jnp.take_along_axis(x, best[..., None], axis=2))
+
+    assert ours(x) == plain(x)
+    np.testing.assert_array_equal(jax.grad(ours)(x), jax.grad(plain)(x))
+
+
+def test_scores_are_learnt_by_what_is_found():
+    """Keeping a token that helps is rewarded, though which tokens stay has no gradient."""
+    config = tiny_config(rule="slots", layer_types=("global",), slots=30)
+    params, tokens = random_params(config), random_tokens(config, 1, 60)
+
+    def loss(params):
+        hidden, _ = gemma_jax.forward(params, tokens, gemma_jax.init_state(config), config=config)
+        return jnp.sum(gemma_jax.logits(params, hidden[:, -1:], config=config)[..., 0])
+
+    slope = jax.grad(loss)(params)["layers_0"]["attention"]["memory"]
+    for name, leaf in slope.items():
+        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, name
+
+
+def test_an_untrained_memory_holds_the_last_tokens_that_left_sight():
+    config = tiny_config(rule="slots", layer_types=("global",), slots=10)
+    params, tokens = gemma_jax.init_params(config, jax.random.key(0)), random_tokens(config, 1, 48)
+    _, state = gemma_jax.prefill(params, tokens, gemma_jax.init_state(config), config=config)
+    memory = state.layers[0].memory
+    assert float(memory["offered"][0, 0]) == 40 and float(memory["written"][0, 0]) == 20
+    kept = NumpyGemma(params, config)
+    kept.logits(tokens[0])
+    np.testing.assert_allclose(memory["key"][0], kept.memories[0]["key"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"attention_softcap": 2.0}, {"num_kv_heads": 4, "slots": 3}, {"qk_norm": False}]
+)
+def test_other_settings_equal_numpy(changes):
+    config = tiny_config(rule="slots", **changes)
+    params, tokens = random_params(config), random_tokens(config, 60)
+    found, expected = all_logits(params, tokens[None], config)[0], NumpyGemma(params, config)
+    expected = expected.logits(tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_configurations_written_before_there_were_slots_are_read():
+    config = tiny_config(rule="gated_delta")
+    fields = json.loads(config.to_json())
+    del fields["memory"]["slots"]
+    found = GemmaConfig.from_json(json.dumps(fields))
+    assert dataclasses.replace(found.memory, slots=config.memory.slots) == config.memory
+
+
+def test_a_memory_without_slots_is_refused():
+    with pytest.raises(UsageError, match="at least 1"):
+        tiny_config(slots=0)
