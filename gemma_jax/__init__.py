@@ -11,8 +11,8 @@ from typing import Any
 from gemma_jax.config import PRESETS, GemmaConfig, MemoryConfig
 
 _HOMES = {
-    "MemoryRule": "model.memory",
-    "Parameter": "model.memory",
+    "MemoryRule": "model.rule",
+    "Parameter": "model.rule",
     "inspect": "model.memory",
     "State": "model.state",
     "init_state": "model.state",

@@ -43,7 +43,7 @@ class MemoryConfig:
     local_attention: str = "transformer_xl"
     segment_length: int = 1024  # S, in tokens
     sink: bool = True  # the text's first token stays visible for ever
-    # of rule gated_delta: "hard_sigmoid" reaches exactly 0, "sigmoid" does not
+    # of gated_delta and selective_delta: "hard_sigmoid" reaches exactly 0, "sigmoid" does not
     write_gate: str = "hard_sigmoid"
     slots: int = 256  # of rule slots: tokens that each KV head keeps
 

@@ -330,7 +330,7 @@ class SlotsMemory:
         for head in range(len(q)):
             kept = self.kept[head * self.config.num_kv_heads // len(q)]
             asked = rotate(q[None, head : head + 1], np.array([len(kept) + 63]), rope)[0, 0]
-            logits = [q[head] @ self.p["null_kernel"][head] + self.p["null_bias"][head]]
+            logits = [q[head] @ self.p["local_kernel"][head] + self.p["local_bias"][head]]
             for n, (score, key, _) in enumerate(kept):
                 place = rotate(key[None, None], np.array([n]), rope)[0, 0]
                 logit = scale * asked @ place

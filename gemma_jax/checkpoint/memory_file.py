@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gemma_jax.checkpoint import files
+from gemma_jax.config import MemoryConfig
 from gemma_jax.errors import CorruptError, InputError, UsageError
 
 FORMAT, VERSION = "gemma_jax memory file", 1
@@ -289,5 +290,9 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration, those of its memory beside the others."""
-    return {key: value for key, value in config.items() if key != "memory"} | config["memory"]
+    """The fields of a configuration, those of its memory beside the others.
+
+    What a file of an earlier version does not say of its memory is as it is by default.
+    """
+    fields = {key: value for key, value in config.items() if key != "memory"}
+    return fields | dataclasses.asdict(MemoryConfig()) | config["memory"]

@@ -65,6 +65,7 @@ def _config(config: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"memory: rule {memory['rule']}, {memory['local_attention']}, segments of"
         f" {memory['segment_length']} tokens"
+        + (f", {memory['slots']} slots a KV head" if memory["rule"] == "slots" else "")
     )
 
 

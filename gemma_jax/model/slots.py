@@ -11,12 +11,10 @@ from gemma_jax.model.delta import EPS, einsum
 from gemma_jax.model.rope import rope_rows, rotate
 from gemma_jax.model.rule import MemoryRule, Parameter
 
-EMPTY = -1e4  # score of a slot that holds nothing
+EMPTY = -1e4  # score of a slot that holds nothing; exp of it is 0, so it is not seen at all
 HIDDEN = 64  # units of the network that scores tokens
 DISTANCE = 64  # positions from the newest slot to every query
-FIRST_ELSEWHERE = (
-    8.0  # what local attention is taken to weigh, as a logit, before anything is learnt
-)
+LOCAL_LOGIT = 8.0  # of local attention as a whole, before anything is learnt
 
 
 class Slots(MemoryRule):
@@ -25,11 +23,12 @@ class Slots(MemoryRule):
     A token's score is what a small network makes of it when it is read (as the retaining heads of Locret
     do, Huang et al. 2024, for a cache of one prompt); of equal scores the newest stay, so an untrained
     memory holds the last tokens that left sight. Slots are attended to as if their tokens stood side by
-    side, a little before the query, in the order of the text: nothing in a read depends on how much was
-    read. A score s adds log sigmoid(s) to its slot's logits, which is how it is learnt.
+    side in the order of the text, the newest `DISTANCE` positions before the query: tokens that were not
+    kept leave no trace. A score s adds log sigmoid(s) to its slot's logits, which is how it is learnt.
 
-    Attention over slots shares its softmax with one more logit, q w + b, that stands for all that local
-    attention sees; reads add g * (found - mass * local), with the share `mass` of the slots.
+    Attention over slots shares its softmax with one more logit, q r + c, that stands for all that local
+    attention sees. Where slots get the share m of it, and found = sum of p v, reads add
+    g * (found - m * local).
     """
 
     def params(self) -> dict[str, Parameter]:
@@ -37,8 +36,8 @@ class Slots(MemoryRule):
         width, dim = self.config.width, self.config.head_dim
         return {
             "gate": Parameter((heads,), ("heads",), nn.initializers.ones),
-            "null_kernel": Parameter((heads, dim), ("heads", "head_dim")),
-            "null_bias": Parameter((heads,), ("heads",), nn.initializers.constant(FIRST_ELSEWHERE)),
+            "local_kernel": Parameter((heads, dim), ("heads", "head_dim")),
+            "local_bias": Parameter((heads,), ("heads",), nn.initializers.constant(LOCAL_LOGIT)),
             "hidden_kernel": Parameter(
                 (width, HIDDEN), ("embed", "hidden"), nn.initializers.normal(width**-0.5)
             ),
@@ -75,12 +74,12 @@ class Slots(MemoryRule):
         if config.attention_softcap is not None:
             logit = config.attention_softcap * jnp.tanh(logit / config.attention_softcap)
         logit += jax.nn.log_sigmoid(memory["score"])[:, None, :, None]
-        null = einsum("BTHC,HC->BTH", q.astype(jnp.float32), p["null_kernel"])
-        null = (null + p["null_bias"]).reshape(*logit.shape[:-1], 1)
-        weight = jax.nn.softmax(jnp.concatenate([logit, null], axis=-1), axis=-1)[..., :-1]
-        mass = weight.sum(axis=-1).reshape(*attended.shape[:-1], 1)
+        local = einsum("BTHC,HC->BTH", q.astype(jnp.float32), p["local_kernel"]) + p["local_bias"]
+        local = local.reshape(*logit.shape[:-1], 1)
+        weight = jax.nn.softmax(jnp.concatenate([logit, local], axis=-1), axis=-1)[..., :-1]
+        share = weight.sum(axis=-1).reshape(*attended.shape[:-1], 1)
         found = _product("BTKGN,BKNC->BTKGC", weight.astype(attended.dtype), memory["value"])
-        change = found.reshape(attended.shape) - mass * attended
+        change = found.reshape(attended.shape) - share * attended
         return (attended + p["gate"][:, None] * change).astype(attended.dtype)
 
     def prepare(self, features, mask):
@@ -123,7 +122,7 @@ def _places(best: Int[Array, "B K N"], length: int) -> Int[Array, "B K length"]:
 def _choose(
     x: Float[Array, "B K M *c"], best: Int[Array, "B K N"], place: Int[Array, "B K M"]
 ) -> Float[Array, "B K N *c"]:
-    """The rows `best` of `x`. Its gradient is a gather too, where a scatter would add in any order."""
+    """The rows `best` of `x`. None is chosen twice, so its gradient is looked up, not summed."""
     return jnp.take_along_axis(x, _as_rows(best, x), axis=2)
 
 

@@ -117,6 +117,18 @@ def test_a_rule_of_ones_own_belongs_to_the_memory_by_its_code(model, tmp_path, m
         memory_file.require_same(tmp_path, theirs, ours)
 
 
+def test_what_an_earlier_version_did_not_say_is_as_by_default(model, tmp_path):
+    def of(**changes):
+        config = model.config.with_memory(**changes)
+        return memory_file.identity(dataclasses.replace(model, config=config))
+
+    earlier = of(slots=256)
+    del earlier["config"]["memory"]["slots"]
+    memory_file.require_same(tmp_path, earlier, of(slots=256))
+    with pytest.raises(UsageError, match="slots was 256, and is 7 here"):
+        memory_file.require_same(tmp_path, earlier, of(slots=7))
+
+
 def test_a_renamed_checkpoint_is_the_same_model(model, file, tmp_path):
     shutil.copytree(model.path, tmp_path / "elsewhere")
     memory_file.load(file, gemma_jax.load(tmp_path / "elsewhere", segment_length=16))

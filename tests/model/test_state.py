@@ -67,7 +67,9 @@ def splits(draw):
 
 
 @pytest.mark.parametrize("chunk_tokens", [4, 16])
-@pytest.mark.parametrize("rule, form", [("gated_delta", FORMS[0]), ("delta", FORMS[1])])
+@pytest.mark.parametrize(
+    "rule, form", [("gated_delta", FORMS[0]), ("delta", FORMS[1]), ("slots", FORMS[0])]
+)
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(cuts=st.tuples(splits(), splits()))
 def test_any_split_is_the_same(rule, form, chunk_tokens, cuts):

@@ -305,7 +305,9 @@ def test_recipes_that_come_with_the_package_are_known_by_name(tmp_path, monkeypa
     assert found.data and Path(found.config).is_file()
     config = start.read_config(Path(found.config))
     assert int(found.tokenizer.removeprefix(start.NEW)) <= config.vocab_size
-    assert options.parse(["--recipe", "demo_slots"]).data == found.data
+    second = options.parse(["--recipe", "demo_slots"])
+    assert second.data == found.data
+    assert (second.train, second.memory, second.slots) == ("all", "slots", 256)
     Path("demo").write_text("steps = 7\n")
     assert options.parse(["--recipe", "demo"]).steps == 7  # a file of one's own goes first
 
