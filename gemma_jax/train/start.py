@@ -18,7 +18,7 @@ from gemma_jax.config import PRESETS, GemmaConfig
 from gemma_jax.errors import InputError, UsageError
 from gemma_jax.inference.documents import read_text
 from gemma_jax.model.adapting import is_memory
-from gemma_jax.model.memory import make_rule
+from gemma_jax.model.memory import RULES, make_rule
 from gemma_jax.model.transformer import Params, init_params
 from gemma_jax.text import load_tokenizer
 from gemma_jax.train.tokenizer import learn_tokenizer, save_tokenizer
@@ -47,6 +47,8 @@ def make_model(
         for name in ("segment_length", "local_attention", "write_gate", "slots")
     }
     settings = {name: value for name, value in settings.items() if value is not None}
+    if options.slots and options.memory in RULES and options.memory != "slots":
+        raise UsageError(f"Memory rule {options.memory} has no slots: leave out --slots.")
     if options.model:
         recorded = store.read_config(options.model, memory=options.memory)
         rule = options.memory or recorded.memory.rule

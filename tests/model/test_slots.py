@@ -114,8 +114,8 @@ def test_choosing_has_the_gradient_of_a_gather():
     np.testing.assert_array_equal(jax.grad(ours)(x), jax.grad(plain)(x))
 
 
-def test_scores_are_learnt_by_what_is_found():
-    """Keeping a token that helps is rewarded, though which tokens stay has no gradient."""
+def test_all_parameters_are_learnt_by_what_is_found():
+    """Which tokens stay has no gradient; how loud each is has the right one."""
     config = tiny_config(rule="slots", layer_types=("global",), slots=30)
     params, tokens = random_params(config), random_tokens(config, 1, 60)
 
@@ -123,9 +123,19 @@ def test_scores_are_learnt_by_what_is_found():
         hidden, _ = gemma_jax.forward(params, tokens, gemma_jax.init_state(config), config=config)
         return jnp.sum(gemma_jax.logits(params, hidden[:, -1:], config=config)[..., 0])
 
+    def moved(by):
+        attention = params["layers_0"]["attention"]
+        memory = {name: x + by * slope[name] for name, x in attention["memory"].items()}
+        return params | {
+            "layers_0": params["layers_0"] | {"attention": attention | {"memory": memory}}
+        }
+
     slope = jax.grad(loss)(params)["layers_0"]["attention"]["memory"]
-    for name, leaf in slope.items():
-        assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, name
+    assert all(np.abs(leaf).max() > 0 for leaf in slope.values())
+    size = sum(float(jnp.sum(leaf**2)) for leaf in slope.values())
+    step = 1e-2 / size**0.5
+    found = (float(loss(moved(step))) - float(loss(moved(-step)))) / (2 * step)
+    np.testing.assert_allclose(found, size, rtol=0.03)
 
 
 def test_an_untrained_memory_holds_the_last_tokens_that_left_sight():

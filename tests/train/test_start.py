@@ -8,6 +8,7 @@ import pytest
 from reference import tiny_config
 
 import gemma_jax
+from gemma_jax.errors import UsageError
 from gemma_jax.model.adapting import split
 from gemma_jax.train import options
 from gemma_jax.train.result import write_model
@@ -87,3 +88,6 @@ def test_slots_are_as_many_as_are_asked_for_and_read_from_the_start(without_memo
     assert (config.memory.rule, config.memory.slots) == ("slots", 7)
     np.testing.assert_array_equal(params["layers_0"]["attention"]["memory"]["gate"], 1.0)
     assert gemma_jax.init_state(config).layers[0].memory["key"].shape[2] == 7
+    given[given.index("slots")] = "delta"
+    with pytest.raises(UsageError, match="delta has no slots"):
+        make_model(options.parse(given), [], tmp_path, lambda *_: None)
