@@ -197,6 +197,10 @@ def _encoder(tokenizer: Any) -> _Encoder:
             view.pre_tokenizer = backend.pre_tokenizer
         view.add_tokens([token for _, token in sorted(backend.get_added_tokens_decoder().items())])
         view.encode_special_tokens = True
+        # Words are stretches between numbers where nothing else divides a text. Each thread would keep
+        # 10,000 of them, together gigabytes on a large machine, and hardly meet one again.
+        if forget := getattr(view.model, "_resize_cache", None):
+            forget(0)
         _ENCODERS[tokenizer] = _Encoder(view, safe_cuts(view))
     return _ENCODERS[tokenizer]
 

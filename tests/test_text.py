@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -10,6 +14,7 @@ import transformers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+import gemma_jax
 from gemma_jax import random_model, text
 from gemma_jax.cuts import DIGIT_GROUPS
 from gemma_jax.errors import InputError
@@ -360,3 +365,34 @@ def test_a_loaded_tokenizer_is_the_one_that_was_written(tmp_path):
     content = "the people <table> é\n\n\n called"
     assert text.encode(tokenizer, content) == text.encode(tokenizer_of(gemma_like), content)
     assert tokenizer.bos_token == "<bos>"
+
+
+GROWTH = """
+import pathlib, random, sys
+from gemma_jax.text import encode_stream, load_tokenizer
+
+def resident():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+tokenizer, rng = load_tokenizer(sys.argv[1]), random.Random(0)
+letters = "abcdefghijklmnopqrst    "
+words = ("".join(rng.choices(letters, k=100)) + "12" for _ in range(80_000))
+sizes = [resident() for i, _ in enumerate(encode_stream(tokenizer, words)) if i % 500 == 499]
+print(sizes[1], sizes[-1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells memory elsewhere")
+def test_what_was_tokenised_is_not_kept_by_any_thread():
+    """Of 8 MB of text, in which no stretch comes again."""
+    demo = Path(gemma_jax.__file__).parent / "demo" / "model"
+    told = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(demo)],
+        env={**os.environ, "RAYON_NUM_THREADS": "16"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    early, late = map(int, told.split())
+    assert late < early + 40e6
