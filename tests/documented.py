@@ -18,6 +18,7 @@ NOT_RUN = {
     "-m pytest ": "tests",
     "-m gemma_jax.demo": "takes a minute: tests/demo runs it",
     "-m benchmarks.ablation ": "trains many models: tests/benchmark/test_ablation.py trains few",
+    "-m benchmarks.ask_again": "reads a million tokens: tests/benchmark/test_ask_again.py reads few",
     " --peer ": "needs torch",
     " --verify": "needs torch",
 }
