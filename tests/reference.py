@@ -311,12 +311,15 @@ class SlotsMemory:
         return {"key": key, "value": value, "score": score, **counts}
 
     def write(self, x: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        scores = []
         for t in range(len(k)):
             unit = x[t] / np.sqrt((x[t] ** 2).mean() + 1e-6)
             u = unit @ self.p["hidden_kernel"]
             hidden = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
             score = hidden @ self.p["score_kernel"] + unit @ self.p["write_kernel"]
-            score = score + self.p["write_bias"]
+            scores.append(score + self.p["write_bias"])
+        for t in range(len(k)):
+            score = np.max(scores[max(t - 4, 0) : t + 5], axis=0)  # of it and its neighbours
             for h, kept in enumerate(self.kept):
                 kept.append((score[h], k[t, h], v[t, h]))
                 if len(kept) > self.config.memory.slots:

@@ -89,6 +89,15 @@ class MemoryRule:
         """
         return memory
 
+    def write_loss(
+        self, features: Features, wanted: Float[Array, "B T"]
+    ) -> Float[Array, "B T"] | None:
+        """What it costs to have such features where `wanted` is 1 for tokens to keep, 0 for others.
+
+        For rules that choose tokens, to be taught which; None: this one does not.
+        """
+        return None
+
     def gates(self, p: Params) -> dict[str, Array]:
         """For inspection: how much each query head listens to memory."""
         return {}

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from gemma_jax.config import GemmaConfig
 from gemma_jax.errors import UsageError
 from gemma_jax.model.state import State
-from gemma_jax.model.transformer import Params, Transformer
+from gemma_jax.model.transformer import LOSSES, Params, Transformer
 
 STEP_TOKENS = {"cpu": 256}  # enough for a CPU's matrix products; short prompts stay cheap
 DEFAULT_STEP_TOKENS = 8192
@@ -43,6 +43,7 @@ def scan_steps(
     *,
     config: GemmaConfig,
     lengths: Int[Array, " B"] | None = None,
+    wanted: Int[Array, "B T"] | None = None,
     step_tokens: int | None = None,
     aligned: bool = False,
     remat: Remat = None,
@@ -55,11 +56,12 @@ def scan_steps(
             tokens stand in the slots first to first + count; with `last_only`, hidden [B, 1, D] is
             that of the last of them.
         lengths: tokens of each row; all T by default.
+        wanted: see `forward`.
         aligned: promises that every row stands at the start of a segment: then no step is empty.
         remat: what the backward pass computes again, see `forward`.
 
     Returns:
-        The last carry; ((y, first, count) of each step, stacked), and the State.
+        The last carry; ((y, first, count, write loss) of each step, stacked), and the State.
     """
     batch, total = tokens.shape
     length = config.memory.segment_length
@@ -75,7 +77,14 @@ def scan_steps(
         lengths = jnp.full((batch,), total, jnp.int32)
     lengths = jnp.clip(jnp.asarray(lengths, jnp.int32), 0, total)
     model = Transformer(config, remat_layers=remat is not None)
-    apply = functools.partial(model.apply, {"params": params}, last_only=last_only)
+
+    def apply(tokens, state, count, wanted):
+        options = {"last_only": last_only, "mutable": [LOSSES]}
+        (hidden, state), laid_open = model.apply(
+            {"params": params}, tokens, state, count, wanted, **options
+        )
+        return hidden, state, sum(jax.tree.leaves(laid_open), jnp.float32(0))
+
     if remat == "steps":
         apply = jax.checkpoint(apply)
 
@@ -87,19 +96,22 @@ def scan_steps(
 
         def run(state, inner):
             at = jnp.clip(taken[:, None] + jnp.arange(slots) - first[:, None], 0, total - 1)
-            hidden, state = apply(jnp.take_along_axis(tokens, at, axis=1), state, count)
+            look = functools.partial(jnp.take_along_axis, indices=at, axis=1)
+            new = look(tokens), state, count, wanted if wanted is None else look(wanted)
+            hidden, state, loss = apply(*new)
             inner, y = visit(inner, hidden, first, count)
-            return state, inner, y
+            return state, inner, (y, loss)
 
         def skip(state, inner):
-            y = jax.eval_shape(run, state, inner)[2]
-            return state, inner, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), y)
+            like = jax.eval_shape(run, state, inner)[2]
+            return state, inner, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
 
         if aligned:
-            state, inner, y = run(state, inner)
+            state, inner, (y, loss) = run(state, inner)
         else:
-            state, inner, y = jax.lax.cond(jnp.any(count > 0), run, skip, state, inner)
-        return (state, taken + count, inner), (y, first, count)
+            there = jnp.any(count > 0)
+            state, inner, (y, loss) = jax.lax.cond(there, run, skip, state, inner)
+        return (state, taken + count, inner), (y, first, count, loss)
 
     if total == 0:
         raise UsageError("tokens has no columns: give at least one token.")
@@ -128,16 +140,18 @@ def forward(
     *,
     config: GemmaConfig,
     lengths: Int[Array, " B"] | None = None,
+    wanted: Int[Array, "B T"] | None = None,
     step_tokens: int | None = None,
     aligned: bool = False,
     remat: Remat = None,
-) -> tuple[Float[Array, "B T D"], State]:
+) -> tuple[Float[Array, "B T D"], State] | tuple[Float[Array, "B T D"], State, Float[Array, ""]]:
     """Hidden states at all positions, after the final norm; differentiable, for research and training.
 
     Args:
         params: nested dict as `abstract_params(config)` describes it.
         tokens: right-padded when `lengths` is given.
         state: continues this State, which is consumed.
+        wanted: which tokens memory should keep: 1, or 0 for others, or -1 where nothing is said of one.
         step_tokens: slots of a step of the scan; suits the device by default.
         aligned: promises that every row of `state` stands at the start of a segment (as new ones
             do); this is faster.
@@ -146,14 +160,16 @@ def forward(
             (and within a step as with "layers").
 
     Returns:
-        Hidden states, zero beyond a row's length, and the State. `logits` turns them into logits.
+        Hidden states, zero beyond a row's length, and the State. `logits` turns them into logits. With
+        `wanted` also the sum of the rule's `write_loss`, of tokens of which something is said and layers
+        that have memory; 0 for rules that choose no tokens.
     """
     batch, total = tokens.shape
 
     def keep(carry, hidden, first, count):
         return carry, hidden
 
-    _, (hidden, first, count), state = scan_steps(
+    _, (hidden, first, count, losses), state = scan_steps(
         params,
         tokens,
         state,
@@ -161,16 +177,19 @@ def forward(
         None,
         config=config,
         lengths=lengths,
+        wanted=wanted,
         step_tokens=step_tokens,
         aligned=aligned,
         remat=remat,
     )
+    taught = () if wanted is None else (jnp.sum(losses),)
     slots = hidden.shape[2]
     if aligned and on_grid(slots, config.memory.segment_length):
         found = jnp.moveaxis(hidden, 0, 1).reshape(batch, -1, hidden.shape[-1])[:, :total]
         if lengths is None:
-            return found, state
-        return jnp.where(jnp.arange(total)[:, None] < lengths[:, None, None], found, 0), state
+            return found, state, *taught
+        there = jnp.arange(total)[:, None] < lengths[:, None, None]
+        return jnp.where(there, found, 0), state, *taught
     end = jnp.cumsum(count, axis=0)  # [steps, B], tokens taken after each step
     position = jnp.arange(total)
     step = jnp.sum(position[:, None, None] >= end, axis=1).T  # [B, T], the step that took the token
@@ -180,7 +199,7 @@ def forward(
     flat = jnp.moveaxis(hidden, 0, 1).reshape(batch, -1, hidden.shape[-1])
     at = jnp.clip(step * slots + slot, 0, flat.shape[1] - 1)
     found = jnp.take_along_axis(flat, at[..., None], axis=1)
-    return jnp.where(position[:, None] < end[-1][:, None, None], found, 0), state
+    return jnp.where(position[:, None] < end[-1][:, None, None], found, 0), state, *taught
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -9,22 +9,26 @@ from jaxtyping import Array, Float, Int
 
 from gemma_jax.model.delta import EPS, einsum
 from gemma_jax.model.rope import rope_rows, rotate
-from gemma_jax.model.rule import MemoryRule, Parameter
+from gemma_jax.model.rule import Memory, MemoryRule, Parameter
 
 EMPTY = -1e4  # score of a slot that holds nothing; exp of it is 0, so it is not seen at all
 HIDDEN = 64  # units of the network that scores tokens
 DISTANCE = 64  # positions from the newest slot to every query
+NEIGHBOURS = 4  # tokens on each side of one with a high score that are kept for its sake
 LOCAL_LOGIT = 8.0  # of local attention as a whole, before anything is learnt
 
 
 class Slots(MemoryRule):
     """Keeps the keys and values of the `config.memory.slots` tokens with the highest scores.
 
-    A token's score is what a small network makes of it when it is read (as the retaining heads of Locret
-    do, Huang et al. 2024, for a cache of one prompt); of equal scores the newest stay, so an untrained
-    memory holds the last tokens that left sight. Slots are attended to as if their tokens stood side by
-    side in the order of the text, the newest `DISTANCE` positions before the query: tokens that were not
-    kept leave no trace. A score s adds log sigmoid(s) to its slot's logits, which is how it is learnt.
+    A small network scores each token when it is read (as the retaining heads of Locret do, Huang et al.
+    2024, for a cache of one prompt). A token counts as much as the highest of itself and its `NEIGHBOURS`
+    in the segment: a fact stays as a whole, by the tokens that give it away. Of equal scores the newest
+    stay, so an untrained memory holds the last tokens that left sight.
+
+    Slots are attended to as if their tokens stood side by side in the order of the text, the newest
+    `DISTANCE` positions before the query: tokens that were not kept leave no trace. A score s adds
+    log sigmoid(s) to its slot's logits, which is how it is learnt.
 
     Attention over slots shares its softmax with one more logit, q r + c, that stands for all that local
     attention sees. Where slots get the share m of it, and found = sum of p v, reads add
@@ -84,29 +88,69 @@ class Slots(MemoryRule):
 
     def prepare(self, features, mask):
         # What is masked has less than an empty slot, and there are always enough of these.
-        features = {**features, "score": jnp.where(mask[..., None], features["score"], 2 * EMPTY)}
+        score = jnp.where(mask[..., None], features["score"], 2 * EMPTY)
+        score = jnp.where(mask[..., None], _of_neighbours(score), 2 * EMPTY)
+        features = {**features, "score": score}
         by_head = {name: jnp.moveaxis(x, 2, 1) for name, x in features.items()}
-        gate = jax.nn.sigmoid(features["score"]).sum(axis=1)
-        return by_head | {"written": gate}
+        return by_head | {"written": jax.nn.sigmoid(score).sum(axis=1)}
 
     def write(self, memory, features, mask):
-        names = ("key", "value", "score")
-        joined = {n: jnp.concatenate([memory[n], features[n]], axis=2) for n in names}
-        best = _highest(joined["score"], memory["score"].shape[2])
-        place = _places(best, joined["score"].shape[2])
-        return {name: _choose(x, best, place) for name, x in joined.items()} | {
+        tokens = {name: memory[name] for name in ("key", "value", "score")}
+        new = {name: features[name].astype(x.dtype) for name, x in tokens.items()}
+        if len(mask) == 1:  # of a long text alone, most segments change nothing
+            changes = jnp.any(new["score"].max(axis=2) >= memory["score"].min(axis=2))
+            tokens = jax.lax.cond(changes, _best_of, lambda tokens, _: tokens, tokens, new)
+        else:
+            tokens = _best_of(tokens, new)
+        return tokens | {
             "written": memory["written"] + features["written"],
             "offered": memory["offered"] + mask.sum(axis=1, dtype=jnp.float32)[:, None],
         }
+
+    def write_loss(self, features, wanted):
+        score = features["score"]  # the logit of a token's being one to keep
+        return jnp.mean(jax.nn.softplus(score) - wanted[..., None] * score, axis=-1)
 
     def gates(self, p):
         return {"read": p["gate"]}
 
 
+def _best_of(tokens: Memory, new: Memory) -> Memory:
+    """Of those in the slots and new ones, as many as there are slots."""
+    joined = {name: jnp.concatenate([x, new[name]], axis=2) for name, x in tokens.items()}
+    best = _highest(joined["score"], tokens["score"].shape[2])
+    place = _places(best, joined["score"].shape[2])
+    return {name: _choose(x, best, place) for name, x in joined.items()}
+
+
+def _of_neighbours(score: Float[Array, "B S K"]) -> Float[Array, "B S K"]:
+    """The highest score of each token and the `NEIGHBOURS` on either side of it."""
+    length, width = score.shape[1], NEIGHBOURS
+    around = jnp.pad(score, [(0, 0), (width, width), (0, 0)], constant_values=2 * EMPTY)
+    return jnp.stack([around[:, i : i + length] for i in range(2 * width + 1)]).max(axis=0)
+
+
 def _highest(score: Float[Array, "B K M"], count: int) -> Int[Array, "B K count"]:
     """Where the highest scores are, from left to right; of equal ones, the last."""
+    score = jax.lax.stop_gradient(score)
+    return (_by_ranks if jax.default_backend() == "gpu" else _by_sorting)(score, count)
+
+
+def _by_ranks(score: Array, count: int) -> Array:
+    """Compares all with all, where that is faster than sorting: on a GPU, whose threads are many."""
+    number = jnp.arange(score.shape[-1], dtype=jnp.int32)
+    earlier = number < number[:, None]
+    own, others = score[..., None], score[..., None, :]
+    ahead = (others > own) | ((others == own) & ~earlier & (number != number[:, None]))
+    chosen = ahead.sum(axis=-1, dtype=jnp.int32) < count
+    place = jnp.sum(chosen[..., None, :] & earlier, axis=-1, dtype=jnp.int32)
+    here = chosen[..., None, :] & (place[..., None, :] == number[:count, None])
+    return jnp.sum(jnp.where(here, number, 0), axis=-1)
+
+
+def _by_sorting(score: Array, count: int) -> Array:
     last = score.shape[-1] - 1
-    found = jax.lax.top_k(jax.lax.stop_gradient(score[..., ::-1]), count)[1]
+    found = jax.lax.top_k(score[..., ::-1], count)[1]
     return jnp.sort(last - found, axis=-1)
 
 

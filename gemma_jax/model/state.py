@@ -123,6 +123,7 @@ class Span:
     count: Int[Array, " B"]  # new tokens
     slots: int = struct.field(pytree_node=False)
     segment_length: int = struct.field(pytree_node=False)
+    wanted: Int[Array, "B slots"] | None = None  # which tokens memory should keep, see `forward`
     # No row starts its text or completes its segment.
     steady: bool = struct.field(pytree_node=False, default=False)
 

@@ -31,6 +31,7 @@ from gemma_jax.model.state import (
 from gemma_jax.model.weights import Weight, declare_weight, product
 
 Params = dict[str, Any]
+LOSSES = "losses"  # the collection of what layers lay open of their writes
 
 # JAX's names of what `keep_products` keeps; the last is cuDNN's attention.
 PRODUCTS = ("dot_general", "dot_product_attention_fwd_wrapper")
@@ -90,7 +91,10 @@ class Attention(nn.Module):
         p = MemoryParams(rule, name="memory")() if recurrent and rule.params() else {}
         before: Params = {}
         if recurrent:
-            before, state = self._remember(rule, rule.features(p, x, q, k, v), state, span)
+            features = rule.features(p, x, q, k, v)
+            if span.wanted is not None:
+                self._teach(rule, features, span)
+            before, state = self._remember(rule, features, state, span)
         keys, values, history = state.keys, state.values, history_length(config, self.layer_type)
         if only is not None:
             q = jnp.take_along_axis(q, only[:, None, None, None], axis=1)
@@ -125,6 +129,12 @@ class Attention(nn.Module):
         attended = attend(q, keys, values, sink, span, p, before)
         attended = attended.reshape(*attended.shape[:2], -1)
         return product(attended, out), state
+
+    def _teach(self, rule: memory_lib.MemoryRule, features: dict[str, Array], span: Span) -> None:
+        """Lays open what the rule's choice of new tokens costs, where it is said which are wanted."""
+        cost = rule.write_loss(features, jnp.maximum(span.wanted, 0).astype(jnp.float32))
+        if cost is not None:
+            self.sow(LOSSES, "write", jnp.sum(cost, where=span.is_new & (span.wanted >= 0)))
 
     def _remember_sink(self, state: LayerState, k: Array, v: Array, span: Span) -> LayerState:
         if state.sink_key is None or span.steady:
@@ -231,6 +241,7 @@ class Transformer(nn.Module):
         tokens: Int[Array, "B T"],
         state: State,
         count: Int[Array, " B"] | None = None,
+        wanted: Int[Array, "B T"] | None = None,
         *,
         last_only: bool = False,
         steady: bool = False,
@@ -241,6 +252,8 @@ class Transformer(nn.Module):
             tokens: T < S tokens that fit into the current segment, or whole segments, whose first
                 `state.fill` slots are ignored.
             count: new tokens of each row; all slots by default.
+            wanted: which tokens memory should keep, see `scan.forward`; what layers do otherwise is laid
+                open in the collection LOSSES.
             last_only: whether hidden states are wanted of each row's last new token alone, [B, 1, D];
                 then the last layer attends and feeds forward for these tokens alone.
             steady: promises that no row starts its text or completes its segment, for steps within
@@ -250,7 +263,7 @@ class Transformer(nn.Module):
         slots = tokens.shape[1]
         if count is None:
             count = slots - (state.fill if slots >= segment_length else 0) + 0 * state.fill
-        span = Span(state.fill, state.past, count, slots, segment_length, steady)
+        span = Span(state.fill, state.past, count, slots, segment_length, wanted, steady)
         x = self.embedder.encode(tokens)
         last = jnp.maximum(span.first + count - 1, 0) if last_only else None
         layers = []

@@ -243,6 +243,7 @@ def make_run(
 
     from gemma_jax.model.adapting import split
     from gemma_jax.model.memory import make_rule
+    from gemma_jax.model.rule import MemoryRule
     from gemma_jax.train.loop import Run
     from gemma_jax.train.plan import Plan
     from gemma_jax.train.saving import Checkpoints
@@ -273,6 +274,7 @@ def make_run(
         remat=None if options.remat == "nothing" else options.remat,
         write_penalty=options.write_penalty,
         write_margin=options.write_margin,
+        write_loss=options.write_loss,
         log_steps=options.log_steps,
         probe_steps=options.probe_steps,
         checkpoint_minutes=options.checkpoint_minutes,
@@ -288,6 +290,8 @@ def make_run(
         raise UsageError(
             f"Memory rule {rule} has no parameter {WRITE_BIAS}: leave out --write-margin."
         )
+    if plan.write_loss and type(make_rule(config)).write_loss is MemoryRule.write_loss:
+        raise UsageError(f"Memory rule {rule} chooses no tokens: leave out --write-loss.")
     checkpoints = Checkpoints(directory / "checkpoints", options.keep)
     begun_with = {
         name: value for name, value in vars(options).items() if name not in command_line.PER_RUN

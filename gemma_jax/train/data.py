@@ -106,6 +106,7 @@ class HostBatch:
         ids: [B, T + 1] int32; the last is only predicted.
         weights: [B, T] float32, of the predictions.
         answers: [B, T] bool.
+        wanted: [B, T] int8, of the tokens that are read: see `Row`.
         start: [B] int32, which of the kept memories a sequence begins with, or FRESH.
         jitter: 0 to 1, how much of the write gates' margin this step has.
     """
@@ -113,6 +114,7 @@ class HostBatch:
     ids: np.ndarray
     weights: np.ndarray
     answers: np.ndarray
+    wanted: np.ndarray
     start: np.ndarray
     jitter: float
 
@@ -139,6 +141,7 @@ def make_batch(mixture: Mixture, step: int, progress: float) -> HostBatch:
         np.stack([row.ids for row in rows]),
         np.stack([row.weights[1:] for row in rows]),
         np.stack([row.answers[1:] for row in rows]),
+        np.stack([row.wanted[:-1] for row in rows]),
         start.astype(np.int32),
         np.random.default_rng([mixture.seed, step, JITTER]).uniform(),
     )

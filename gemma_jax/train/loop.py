@@ -152,12 +152,13 @@ class Run:
     def _lower(self, length: int) -> jax.stages.Lowered:
         """The step for sequences of a length, to be compiled."""
         rows = self._mixture.rows(length)
-        ids, weights, answers, start, number = (
+        ids, weights, answers, wanted, start, number = (
             jax.ShapeDtypeStruct(shape, dtype)
             for shape, dtype in (
                 ((rows, length), np.int32),
                 ((rows, length), np.float32),
                 ((rows, length), np.bool_),
+                ((rows, length), np.int8),
                 ((rows,), np.int32),
                 ((), np.float32),
             )
@@ -166,8 +167,8 @@ class Run:
         if self._carries:
             memories = jax.eval_shape(begin_with, self._empty, self.progress.carried, start)
         trained, state, frozen = self._shapes
-        batch = Batch(ids, ids, weights, answers)
-        return self._step.lower(trained, state, batch, memories, frozen, number, number, number)
+        batch = Batch(ids, ids, weights, answers, wanted if self._plan.write_loss else None)
+        return self._step.lower(trained, state, batch, memories, frozen, *[number] * 4)
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -180,6 +181,7 @@ class Run:
             jnp.asarray(made.ids[:, 1:]),
             jnp.asarray(made.weights),
             jnp.asarray(made.answers),
+            jnp.asarray(made.wanted) if plan.write_loss else None,
         )
         memories = begin_with(self._empty, progress.carried, made.start) if self._carries else None
         length = made.weights.shape[1]
@@ -193,6 +195,7 @@ class Run:
             np.float32(rate),
             np.float32(pressure * plan.write_penalty),
             np.float32(pressure * plan.write_margin * made.jitter),
+            np.float32(plan.write_loss),
         )
         memories = metrics.pop("memories")
         if self._carries:
@@ -217,7 +220,7 @@ class Run:
             "answer_tokens": tokens,
             "answer_loss": float(metrics["answer_loss"]) if tokens else 0.0,
             "answer_accuracy": float(metrics["answer_accuracy"]) if tokens else 0.0,
-            **{name: float(metrics[name]) for name in ("loss", "gradient_norm")},
+            **{name: float(metrics[name]) for name in ("loss", "gradient_norm", "write_loss")},
         }
         for name in ("written", "read"):
             layers = zip(self.memory_layers, metrics.get(name, ()), strict=False)

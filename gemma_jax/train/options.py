@@ -318,6 +318,14 @@ def make_parser() -> ArgumentParser:
         type=real(0),
         help="write gates' logits are raised by up to M, likewise: so closed gates stay closed",
     )
+    add(
+        group,
+        "--write-loss",
+        0.0,
+        metavar="P",
+        type=real(0),
+        help="times the cross-entropy of which tokens are kept: those of tasks' facts, no others",
+    )
     add(group, "--clip-norm", 1.0, metavar="N", type=positive, help="of the gradient")
     add(group, "--b1", 0.9, metavar="B", type=real(0, 1), help="of AdamW")
     add(group, "--b2", 0.95, metavar="B", type=real(0, 1), help="of AdamW")

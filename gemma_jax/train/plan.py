@@ -40,6 +40,7 @@ class Plan:
         accumulate, chunk_tokens, remat: see `make_train_step`.
         write_penalty: at its height, see `pressure`.
         write_margin: the most that write gates are shifted by, when `pressure` is 1.
+        write_loss: how much counts what rules that choose tokens are told to keep.
         log_steps: of a row of the log.
         probe_steps: between two probes; 0: only at the end.
         checkpoint_minutes, checkpoint_steps: between two checkpoints, whichever comes first.
@@ -63,6 +64,7 @@ class Plan:
     remat: str | None = "layers"
     write_penalty: float = 0.0
     write_margin: float = 0.0
+    write_loss: float = 0.0
     log_steps: int = 10
     probe_steps: int = 0
     checkpoint_minutes: float = 10.0

@@ -15,6 +15,7 @@ COLUMNS = (
     "answer_loss",
     "answer_accuracy",
     "gradient_norm",
+    "write_loss",
     "learning_rate",
     "sequence_tokens",
 )

@@ -33,9 +33,26 @@ NOISE_BLOCK = 64  # tokens
 MOST_MARKS, LONGEST_MARK = 12, 6  # what is strewn over a text: pieces, and tokens of one
 MOST_MARKED = 0.2  # share of its tokens
 COUNTED = 4096  # numbers to choose from
+LONGEST_LIST = 64  # items
+LIST_TOKENS = 256  # of text, for each list in it
+FORMATS = (
+    "{}",
+    "{:02d}",
+    "{:03d}",
+    "{:x}",
+    "{:02x}",
+    "{:04X}",
+    "{:b}",
+    "{:,}",
+    "0x{:x}",
+    "{}.",
+    "[{}]",
+)
+SEPARATORS = (" ", ", ", ",", "  ", "\n", "\t", ":", "-", ".", " | ", ";")
 ALONE = 0.3  # share of the sequences with one question, among much that is not to be remembered
 LEAST_ANSWER = 3.0  # tokens that an answer counts as, at least
-Part = tuple[Any, bool]  # ids of a piece of a sequence, and whether it is an answer
+KEEP, LEAVE, UNSAID = 1, 0, -1  # what memory should do with a token
+SAYS_NOTHING = ("copy", "mqar")  # tasks whose facts are like no sentence: any token could be one
 SEEDS = 2**31  # of episodes
 TRIES = 16  # to find an episode that is not too long
 
@@ -48,11 +65,22 @@ class Row:
         ids: [T] int32.
         weights: [T] float32, how much it counts that each is predicted.
         answers: [T] bool, whether it belongs to an answer.
+        wanted: [T] int8, whether memory should keep it: KEEP, LEAVE, or UNSAID.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     answers: np.ndarray
+    wanted: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A piece of a sequence: its ids, whether it is an answer, and whether memory should keep it."""
+
+    ids: Any
+    answer: bool = False
+    wanted: int = LEAVE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +114,8 @@ class Noise:
         return np.unique(np.concatenate(self.encode([*string.punctuation, "\n"])))
 
     def make(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
-        """Of a stretch of text: with strange marks all over it, other tokens in blocks, or another text."""
-        kinds = [self._marked, self._mixed, *([self._other] if self.others else [])]
+        """Of a stretch of text: with strange marks all over it, blocks of other tokens, lists; or another."""
+        kinds = [self._marked, self._mixed, self._listed, *([self._other] if self.others else [])]
         return kinds[rng.integers(len(kinds))](rng, ids).astype(np.int32)
 
     def _other(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
@@ -116,6 +144,37 @@ class Noise:
         kinds = rng.integers(4, size=-(-len(ids) // NOISE_BLOCK))
         kinds = np.repeat(kinds, NOISE_BLOCK)[: len(ids)]
         return np.choose(kinds, [ids, rng.permutation(ids), of_any, counted])
+
+    def _listed(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
+        """With lists in it, as programs print them: of numbers that count on or do not, or of names."""
+        made = ids.copy()
+        for at in rng.integers(len(ids), size=-(-len(ids) // LIST_TOKENS)):
+            text = _list(random.Random(int(rng.integers(SEEDS))))
+            listed = self.encode([text])[0][: len(ids) - at]
+            made[at : at + len(listed)] = listed
+        return made
+
+
+def _list(rng: random.Random) -> str:
+    """E.g. `07 08 09 0a`, `qa 5674:\nqa 1230:`."""
+    count, form, separator = (
+        rng.randint(4, LONGEST_LIST),
+        rng.choice(FORMATS),
+        rng.choice(SEPARATORS),
+    )
+    first, step = int(10 ** rng.uniform(0, 7)), rng.choice((1, 1, 1, -1, 2, 10))
+    most = int(10 ** rng.uniform(1, 7))
+    counts, named = rng.random() < 0.5, rng.random() < 0.3
+    numbers = [max(first + step * i, 0) if counts else rng.randint(0, most) for i in range(count)]
+    items = map(form.format, numbers)
+    if named:
+        items = (f"{_name(rng)} {item}" for item in items)
+    return separator.join(items) + separator
+
+
+def _name(rng: random.Random) -> str:
+    letters = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 9)))
+    return rng.choice((letters, letters.capitalize(), letters.upper()))
 
 
 def _files(texts: tuple[Text, ...], noise: Noise | None) -> list[str]:
@@ -156,7 +215,8 @@ class TextSource:
         weights = np.full(
             length, 0.0 if strange else self.language_weight.at(length - 1), np.float32
         )
-        return Row(_joined([[self.bos_id], ids]), weights, np.zeros(length, bool))
+        answers, wanted = np.zeros(length, bool), np.full(length, LEAVE, np.int8)
+        return Row(_joined([[self.bos_id], ids]), weights, answers, wanted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +236,7 @@ class RecordSource:
     def row(self, rng: np.random.Generator, length: int) -> Row:
         book = _record_book(self.records)
         ids, weights, answers = (np.zeros(length, kind) for kind in (np.int32, np.float32, bool))
-        row = Row(ids, weights, answers)
+        row = Row(ids, weights, answers, np.full(length, UNSAID, np.int8))
         at = 0
         while (drawn := book.draw(rng, length - at)) is not None:
             ids, answer = drawn
@@ -250,7 +310,7 @@ class TaskSource:
         wanted = 1 if rng.uniform() < ALONE else wanted
         spans = -(-wanted // self.most_questions)
         strange = _is_strange(self.noise, rng)
-        parts: list[Part] = [([self.bos_id], False)]
+        parts = [Part([self.bos_id])]
         filled = 1
         for i in range(spans):
             room = (length - filled) // (spans - i)
@@ -259,15 +319,18 @@ class TaskSource:
             )
             filled += room
         language = 0.0 if strange else self.language_weight.at(length - 1)
-        lengths = [len(part) for part, _ in parts]
+        lengths = [len(part.ids) for part in parts]
         weights = [
-            max(1.0, LEAST_ANSWER / n) if answer else language
-            for (_, answer), n in zip(parts, lengths, strict=True)
+            max(1.0, LEAST_ANSWER / n) if part.answer else language
+            for part, n in zip(parts, lengths, strict=True)
         ]
+        says = self.name not in SAYS_NOTHING
+        wanted = [part.wanted if says else UNSAID for part in parts]
         return Row(
-            _joined([part for part, _ in parts]),
+            _joined([part.ids for part in parts]),
             np.repeat(np.array(weights, np.float32), lengths),
-            np.repeat([answer for _, answer in parts], lengths),
+            np.repeat([part.answer for part in parts], lengths),
+            np.repeat(np.array(wanted, np.int8), lengths),
         )
 
     def _span(
@@ -276,20 +339,20 @@ class TaskSource:
         """One episode in exactly `length` tokens."""
         items = self._that_fit(rng, length, np.sort(rng.uniform(0, 1, wanted)))
         if items is None:
-            return [(_haystack(self.texts).cut(rng, length)[0], False)]
+            return [Part(_haystack(self.texts).cut(rng, length)[0])]
         room = length - items.tokens
         tail = min(int(rng.integers(self.reach // 2 + 1)), room // 4) if last else 0
         places = items.places(rng, room - tail, self.reach)
         hay, starts = _haystack(self.texts).cut(rng, room)
         if strange:
             hay = self.noise.make(rng, hay)
-        parts: list[Part] = [(items.opening, False)]
+        parts = [Part(items.opening)]
         put, done = items.parts, 0
         for i in np.argsort(places, kind="stable"):
             at = _at_sentence(starts, int(places[i]), done)
-            parts += [(hay[done:at], False), *put[i]]
+            parts += [Part(hay[done:at]), *put[i]]
             done = at
-        return [*parts, (hay[done:], False)]
+        return [*parts, Part(hay[done:])]
 
     def asked_at_the_end(
         self, rng: np.random.Generator, length: int, questions: int, beyond: int
@@ -364,9 +427,12 @@ class _Items:
     @property
     def parts(self) -> list[list[Part]]:
         """Facts, and what is asked."""
-        stop = (self._stop, False)  # no part of the answer: nobody has to remember it
-        asked = [[(question, False), (answer, True), stop] for question, answer in self.asked]
-        return [[(fact, False)] for fact in self.facts] + asked
+        stop = Part(self._stop, wanted=UNSAID)  # no part of the answer: nobody has to remember it
+        asked = [
+            [Part(question, wanted=UNSAID), Part(answer, answer=True, wanted=UNSAID), stop]
+            for question, answer in self.asked
+        ]
+        return [[Part(fact, wanted=KEEP)] for fact in self.facts] + asked
 
     def places(self, rng: np.random.Generator, room: int, reach: int) -> np.ndarray:
         """How much haystack, of `room` tokens, stands before each of `parts`."""

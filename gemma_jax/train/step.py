@@ -15,7 +15,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from gemma_jax.config import GemmaConfig
+from gemma_jax.config import GLOBAL, GemmaConfig
 from gemma_jax.model.adapting import is_memory, join
 from gemma_jax.model.memory import inspect
 from gemma_jax.model.scan import Remat, forward
@@ -39,12 +39,14 @@ class Batch:
         targets: the token that comes next, e.g. `tokens` one place on.
         weights: how much each prediction counts; 0 masks it.
         answers: whether a target is part of an answer, which is measured apart; none is by default.
+        wanted: which tokens memory should keep, see `forward`; by default nothing is said of any.
     """
 
     tokens: Int[Array, "B T"]
     targets: Int[Array, "B T"]
     weights: Float[Array, "B T"]
     answers: Bool[Array, "B T"] | None = None
+    wanted: Int[Array, "B T"] | None = None
 
 
 @struct.dataclass
@@ -56,12 +58,14 @@ class Scores:
         answer_loss: the same of answers, each token counting 1.
         answer_hits: how many of the answers' tokens were the likeliest.
         answer_tokens: how many there are.
+        write_loss: sum of the rule's, by token and layer; 0 where nothing is said of any token.
     """
 
     loss: Float[Array, ""]
     answer_loss: Float[Array, ""]
     answer_hits: Float[Array, ""]
     answer_tokens: Float[Array, ""]
+    write_loss: Float[Array, ""]
 
 
 def cross_entropy(
@@ -200,11 +204,12 @@ def score_batch(
     if not isinstance(state, State):
         state = start_state(config, rows, state)
     params = compute_params(params, config)
-    hidden, state = forward(
+    hidden, state, *taught = forward(
         params,
         batch.tokens,
         state,
         config=config,
+        wanted=batch.wanted,
         step_tokens=step_tokens,
         aligned=True,
         remat=remat,
@@ -221,7 +226,8 @@ def score_batch(
     def total(x: Array) -> Array:
         return jnp.sum(jnp.where(answers, x, 0), dtype=jnp.float32)
 
-    return Scores(loss, *(total(x) for x in (nll, hits, jnp.ones_like(nll)))), state
+    measured = (total(x) for x in (nll, hits, jnp.ones_like(nll)))
+    return Scores(loss, *measured, *(taught or (jnp.float32(0),))), state
 
 
 def start_state(config: GemmaConfig, rows: int, memories: Memories | None = None) -> State:
@@ -301,7 +307,7 @@ def make_train_step(
 
         params, optimizer_state, metrics = step(
             params, optimizer_state, batch, state=None, frozen=None, rate=1.0, write_penalty=0.0,
-            write_shift=0.0)
+            write_shift=0.0, write_loss=0.0)
 
     Parameters (float32) and the optimiser's state (`optimizer.init(params)`) are consumed; `state` is
     as in `batch_loss`, and memories alone with `accumulate` above 1. `frozen` is the rest of a model of
@@ -316,7 +322,11 @@ def make_train_step(
     `write_shift` is added to the logits of write gates. Where it changes from step to step, gates learn
     a margin: to open at facts without it, and to stay shut on everything else with the most of it.
 
-    Metrics are scalars: `loss`, and `gradient_norm` before clipping. With `watch` also
+    `write_loss` times the rule's mean loss of `batch.wanted`, of tokens of which something is said and
+    layers that have memory, is minimised likewise.
+
+    Metrics are scalars: `loss`, `gradient_norm` before clipping, and the mean `write_loss`, 0 where nothing
+    is said. With `watch` also
 
         answer_loss, answer_accuracy    of the batch's answers, by token; NaN where it has none
         answer_tokens                   how many those are
@@ -332,13 +342,15 @@ def make_train_step(
         watch: whether to measure all that.
     """
     options = {"config": config, "step_tokens": step_tokens, "remat": remat}
+    layers = sum(kind == GLOBAL for kind in config.layer_types)
 
-    def scores(params, frozen, write_penalty, write_shift, batch, state):
+    def scores(params, frozen, write, batch, state):
+        write_penalty, write_shift, write_loss = write
         joined = _shifted(params if frozen is None else join(frozen, params), write_shift)
         found, after = score_batch(joined, batch, state, **options)
         finite = jnp.stack([_all_finite(layer) for layer in after.layers])
         memories = tuple(layer.memory for layer in after.layers)
-        minimised = found.loss
+        minimised = found.loss + write_loss * found.write_loss
         if shares := written_shares(config, state, memories):
             tokens = batch.tokens.shape[1] * jnp.stack(shares)
             minimised += write_penalty / accumulate * jnp.mean(jnp.log1p(tokens))
@@ -346,15 +358,15 @@ def make_train_step(
 
     slope = jax.grad(scores, has_aux=True)
 
-    def gradient(params, frozen, write_penalty, write_shift, batch, state):
+    def gradient(params, frozen, write, batch, state):
         if accumulate == 1:
-            return slope(params, frozen, write_penalty, write_shift, batch, state)
+            return slope(params, frozen, write, batch, state)
 
         def add(total, part):
-            found, (scores, *after) = slope(params, frozen, write_penalty, write_shift, *part)
+            found, (scores, *after) = slope(params, frozen, write, *part)
             return jax.tree.map(jnp.add, total, (found, scores)), after
 
-        zeros = jax.tree.map(jnp.zeros_like, params), Scores(*[jnp.float32(0)] * 4)
+        zeros = jax.tree.map(jnp.zeros_like, params), Scores(*[jnp.float32(0)] * 5)
         parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), (batch, state))
         (found, scores), (finite, memories) = jax.lax.scan(add, zeros, parts)
         memories = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), memories)
@@ -370,11 +382,12 @@ def make_train_step(
         rate=1.0,
         write_penalty=0.0,
         write_shift=0.0,
+        write_loss=0.0,
     ):
         batch = batch.replace(weights=_shares(batch.weights))
-        gradients, (scores, finite, memories) = gradient(
-            params, frozen, write_penalty, write_shift, batch, state
-        )
+        told = 0 if batch.wanted is None else jnp.sum(batch.wanted >= 0)
+        write = write_penalty, write_shift, write_loss / jnp.maximum(told * layers, 1)
+        gradients, (scores, finite, memories) = gradient(params, frozen, write, batch, state)
         norm = optax.global_norm(gradients)
         sound = jnp.isfinite(scores.loss) & jnp.isfinite(norm)
         updates, new_state = optimizer.update(gradients, optimizer_state, params)
@@ -383,6 +396,7 @@ def make_train_step(
             lambda new, old: jnp.where(sound, new, old), new_state, optimizer_state
         )
         metrics = {"loss": scores.loss, "gradient_norm": norm}
+        metrics["write_loss"] = scores.write_loss / jnp.maximum(told * layers, 1)
         if watch:
             joined = params if frozen is None else join(frozen, params)
             metrics |= _watched(scores, gradients) | {"finite": finite, "memories": memories}

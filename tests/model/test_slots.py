@@ -34,11 +34,36 @@ def written(scores, count, dtype="float32"):
 
 def test_the_highest_scores_stay_in_the_order_of_the_text():
     scores = np.random.default_rng(0).normal(size=SEGMENTS * LENGTH)
-    memory = written(scores, 10)
-    best = np.sort(np.argsort(scores)[-10:])
+    memory = written(scores, 30)
+    around = [
+        segment[max(t - slots.NEIGHBOURS, 0) : t + slots.NEIGHBOURS + 1].max()
+        for segment in scores.reshape(SEGMENTS, LENGTH)
+        for t in range(LENGTH)
+    ]
+    best = np.sort(np.argsort(around, kind="stable")[-30:])
     np.testing.assert_array_equal(memory["key"][:, 0], best)
     np.testing.assert_array_equal(memory["value"][:, 0], -best)
-    np.testing.assert_allclose(memory["score"], scores[best], rtol=1e-6)
+    np.testing.assert_allclose(memory["score"], np.take(around, best), rtol=1e-6)
+
+
+def test_neighbours_stay_with_a_token_that_stands_out():
+    """They stand in its segment."""
+    scores = np.full(SEGMENTS * LENGTH, -9.0)
+    scores[[18, 40]] = 5.0, 3.0
+    memory = written(scores, 12)
+    np.testing.assert_array_equal(memory["key"][:, 0], [*range(16, 23), *range(40, 45)])
+    np.testing.assert_array_equal(memory["score"], [5.0] * 7 + [3.0] * 5)
+
+
+def test_comparing_all_with_all_chooses_as_sorting_does():
+    """It does so on GPUs; of equal scores, too."""
+    rng = np.random.default_rng(0)
+    for scores in (rng.normal(size=(2, 3, 40)), rng.integers(0, 5, size=(2, 3, 40))):
+        score = jnp.asarray(scores, jnp.float32)
+        for count in (1, 7, 40):
+            np.testing.assert_array_equal(
+                slots._by_ranks(score, count), slots._by_sorting(score, count)
+            )
 
 
 def test_of_equal_scores_the_newest_stay():
@@ -92,8 +117,8 @@ def test_an_empty_memory_changes_nothing():
 def test_what_scores_less_is_as_if_it_had_never_been_read():
     """A fact among 100,000 other tokens is found as among ten: bit by bit."""
     scores = np.full(100_000, -20.0)
-    scores[3:10] = 5.0
-    near, far = written(scores[:16], 7), written(scores, 7)
+    scores[[3, 12]] = 5.0  # with neighbours: 0 to 7, 8 to 15
+    near, far = written(scores[:16], 16), written(scores, 16)
     for name in ("key", "value", "score"):
         np.testing.assert_array_equal(near[name], far[name])
 

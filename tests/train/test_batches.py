@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import lzma
+import random
 import re
 
 import numpy as np
@@ -122,6 +123,32 @@ def test_answers_follow_their_questions_and_come_after_the_facts(make_task, toke
     assert asked_near and asked_far
 
 
+def test_facts_are_to_be_kept_and_texts_are_not(make_task, tokenizer, book):
+    row = make_task("niah_multikey_1").row(np.random.default_rng(1), 4096)
+    edges = np.flatnonzero(np.diff(row.wanted.astype(int))) + 1
+    pieces = np.split(row.ids, edges)
+    said = [int(part[0]) for part in np.split(row.wanted, edges)]
+    by_kind = {kind: "" for kind in (sources.KEEP, sources.LEAVE, sources.UNSAID)}
+    for kind, ids in zip(said, pieces, strict=True):
+        by_kind[kind] += tokenizer.decode(ids)
+    told, passed, asked = (set(re.findall(r"\d{7}", text)) for text in by_kind.values())
+    assert told >= asked and len(asked) > 4 and not passed
+    assert by_kind[sources.UNSAID].count("?") > 4 and "?" not in by_kind[sources.KEEP]
+    assert (row.wanted[row.answers] == sources.UNSAID).all()
+    text = sources.TextSource((book,), BOS, LANGUAGE).row(np.random.default_rng(1), 512)
+    assert (text.wanted == sources.LEAVE).all()
+    copied = make_task("copy").row(np.random.default_rng(1), 4096)
+    assert (copied.wanted == sources.UNSAID).all()
+
+
+def test_what_is_to_be_kept_is_said_of_what_is_read(mixture):
+    batch = make_batch(mixture, 3, 1.0)
+    assert batch.wanted.shape == batch.weights.shape and batch.wanted.dtype == np.int8
+    assert (batch.wanted[:, 0] == sources.LEAVE).all(), "BOS is read, not predicted"
+    answered = batch.answers[:, :-1]
+    assert answered.any() and (batch.wanted[:, 1:][answered] == sources.UNSAID).all()
+
+
 def test_facts_stand_between_whole_sentences_of_one_stretch(make_task, tokenizer, home):
     row = make_task(density=1.0).row(np.random.default_rng(0), 2048)
     text = tokenizer.decode(row.ids[1:])
@@ -163,6 +190,7 @@ def test_records_are_whole_and_their_answers_count(tmp_path, tokenizer):
     answers = tokenizer.decode(row.ids[row.answers]).split("<eos>")[:-1]
     assert {f" not {i}" for i in range(20)} >= set(answers) and len(answers) == len(texts) - 1
     np.testing.assert_array_equal(row.weights, row.answers)
+    assert (row.wanted == sources.UNSAID).all()
 
 
 @pytest.mark.parametrize(
@@ -317,11 +345,10 @@ def test_strange_haystacks_are_full_of_numbers_as_the_tokenizer_reads_them(home,
 def test_strange_marks_stand_again_and_again_in_a_text(tokenizer):
     noise = sources.Noise(1.0, batch_encoder(tokenizer))
     hay = np.full(4096, 1_000_000, np.int32)
-    made = [noise.make(np.random.default_rng(seed), hay) for seed in range(40)]
+    made = [noise._marked(np.random.default_rng(seed), hay) for seed in range(40)]
     strange = [ids[ids != hay] for ids in made]
-    marked = [ids for ids in strange if len(ids) < 0.22 * len(hay)]  # others are mixed in blocks
-    assert 10 < len(marked) < 30
-    assert max(map(len, marked)) > 0.1 * len(hay)
+    marked = [ids for ids in strange if len(ids)]
+    assert len(marked) > 30 and 0.1 * len(hay) < max(map(len, marked)) < 0.3 * len(hay)
     counted = set(
         np.concatenate(batch_encoder(tokenizer)([f" {number}" for number in range(2000)]))
     )
@@ -331,6 +358,18 @@ def test_strange_marks_stand_again_and_again_in_a_text(tokenizer):
     assert all(len(np.unique(ids)) < len(ids) / 3 for ids in others if len(ids) > 300)
     shares = [1 - len(other) / len(ids) for ids, other in zip(marked, others, strict=True)]
     assert min(shares) < 0.2 and max(shares) > 0.8  # of numbers
+
+
+def test_strange_lists_count_or_do_not():
+    rng = random.Random(0)
+    lists = [sources._list(rng) for _ in range(300)]
+    assert len(set(lists)) == 300
+    numbers = [[int(number) for number in re.findall(r"\b\d+\b", text)] for text in lists]
+    steps = [set(np.diff(found)) for found in numbers if len(found) > 8]
+    counting = sum(len(step) == 1 for step in steps)
+    assert 40 < counting < len(steps) - 40
+    named = sum(bool(re.search(r"[A-Za-z]{2} ", text)) for text in lists)
+    assert 40 < named < 140
 
 
 def test_strange_texts_are_not_to_be_predicted(tokenizer, tmp_path):

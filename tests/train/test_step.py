@@ -228,6 +228,54 @@ def test_a_shift_raises_the_write_gates_of_a_step_alone():
     np.testing.assert_allclose(biases[0] + 1.5, biases[1], rtol=1e-5)
 
 
+def logits_of_keeping(params, tokens, config):
+    """[B, T, K] of the first layer, in NumPy."""
+    layer = params["layers_0"]
+    memory = {name: np.float64(x) for name, x in layer["attention"]["memory"].items()}
+
+    def unit(x, eps):
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
+
+    x = np.float64(params["embedder"]["embedding"])[tokens] * config.width**0.5
+    x = unit(x, config.norm_eps) * (1 + np.float64(layer["pre_attention_norm"]["scale"]))
+    x = unit(x, 1e-6)
+    hidden = np.asarray(jax.nn.gelu(x @ memory["hidden_kernel"]))
+    return hidden @ memory["score_kernel"] + x @ memory["write_kernel"] + memory["write_bias"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_should_be_kept_is_learnt_by_its_cross_entropy(accumulate):
+    config = small(rule="slots")
+    params, batch = random_params(config, scale=0.2), make_batch(config)
+    wanted = np.random.default_rng(0).integers(-1, 2, batch.tokens.shape).astype(np.int8)
+    logit = logits_of_keeping(params, batch.tokens, config)
+    each = np.logaddexp(0, np.where(wanted[..., None] == 1, -logit, logit)).mean(axis=-1)
+    expected = each[wanted >= 0].mean()
+    options = {"config": config, "wanted": wanted}
+    for step_tokens in (5, 16, 32):
+        state = gemma_jax.init_state(config, 2)
+        given = options | {"step_tokens": step_tokens}
+        *_, loss = gemma_jax.forward(params, batch.tokens, state, **given)
+        assert loss / (wanted >= 0).sum() == pytest.approx(expected, rel=1e-4)
+
+    step = make_train_step(config, optax.sgd(1.0), accumulate=accumulate, remat="steps")
+
+    def after(weight):
+        given = batch.replace(wanted=wanted), None, None, 1.0, 0.0, 0.0, weight
+        copied = jax.tree.map(jnp.copy, params)
+        return step(copied, optax.sgd(1.0).init(0), *given)
+
+    def loss(params):
+        state = gemma_jax.init_state(config, 2)
+        return gemma_jax.forward(params, batch.tokens, state, **options)[2] / (wanted >= 0).sum()
+
+    (plain, _, metrics), (taught, _, _) = after(0.0), after(3.0)
+    assert metrics["write_loss"] == pytest.approx(expected, rel=1e-4)
+    moved = jax.tree.map(jnp.subtract, plain, taught)
+    close(moved, jax.tree.map(lambda x: 3.0 * x, jax.grad(loss)(params)), 1e-3)
+    assert np.abs(moved["layers_0"]["attention"]["memory"]["write_kernel"]).max() > 0.01
+
+
 def test_groups_have_their_learning_rates_and_decay():
     params = jax.tree.map(jnp.ones_like, random_params(small(rule="gated_delta")))
     gradients = jax.tree.map(lambda leaf: 0.001 * jnp.ones_like(leaf), params)

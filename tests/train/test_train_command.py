@@ -306,8 +306,8 @@ def test_recipes_that_come_with_the_package_are_known_by_name(tmp_path, monkeypa
     config = start.read_config(Path(found.config))
     assert int(found.tokenizer.removeprefix(start.NEW)) <= config.vocab_size
     second = options.parse(["--recipe", "demo_slots"])
-    assert second.data == found.data
-    assert (second.train, second.memory, second.slots) == ("all", "slots", 256)
+    assert {what for _, what, _ in second.data} < {what for _, what, _ in found.data}
+    assert (second.train, second.memory, second.slots) == ("all", "slots", 512)
     Path("demo").write_text("steps = 7\n")
     assert options.parse(["--recipe", "demo"]).steps == 7  # a file of one's own goes first
 
@@ -357,6 +357,7 @@ def test_the_recipe_of_adapters_gives_a_model_another_memory(command, taught, ho
     [
         ("--write-penalty", "does not count what it writes"),
         ("--write-margin", "has no parameter write_bias"),
+        ("--write-loss", "chooses no tokens"),
     ],
 )
 def test_gates_are_pressed_shut_only_where_there_are_some(command, scratch, tmp_path, option, what):
@@ -377,6 +378,17 @@ def test_a_margin_raises_gates_when_the_longest_sequences_have_come(command, scr
     plain, pressed = written(0), written(1000)
     assert plain[0] == pressed[0] < 0.7, "of no budget nothing is spent yet"
     assert max(plain) < 0.7 and pressed[1:] == [1.0, 1.0, 1.0]
+
+
+def test_a_memory_is_told_which_tokens_to_keep(command, scratch, tmp_path):
+    def losses(output, *given):
+        done = command(*scratch, "--memory", "slots", "--slots", 8, "--output", output, *given)
+        assert done.code == 0, done.err
+        return [float(row["write_loss"]) for row in rows(output)]
+
+    told = losses(tmp_path / "told", "--steps", 30, "--log-steps", 1, "--write-loss", 1)
+    assert told[0] == pytest.approx(np.log(2), rel=1e-4) and told[-1] < 0.5
+    assert losses(tmp_path / "not", "--steps", 1, "--log-steps", 1) == [0.0]
 
 
 def test_loose_wordings_and_strange_texts_are_named_and_kept(command, scratch, home, tmp_path):
