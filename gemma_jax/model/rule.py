@@ -92,9 +92,11 @@ class MemoryRule:
     def write_loss(
         self, features: Features, wanted: Float[Array, "B T"]
     ) -> Float[Array, "B T"] | None:
-        """What it costs to have such features where `wanted` is 1 for tokens to keep, 0 for others.
+        """The loss by which a rule that chooses tokens is taught which; one that does not leaves this out.
 
-        For rules that choose tokens, to be taught which; None: this one does not.
+        Args:
+            features: of new tokens, as `features` gave them.
+            wanted: 1 for tokens that should be kept, 0 for others.
         """
         return None
 

@@ -80,10 +80,10 @@ def scan_steps(
 
     def apply(tokens, state, count, wanted):
         options = {"last_only": last_only, "mutable": [LOSSES]}
-        (hidden, state), laid_open = model.apply(
+        (hidden, state), sown = model.apply(
             {"params": params}, tokens, state, count, wanted, **options
         )
-        return hidden, state, sum(jax.tree.leaves(laid_open), jnp.float32(0))
+        return hidden, state, sum(jax.tree.leaves(sown), jnp.float32(0))
 
     if remat == "steps":
         apply = jax.checkpoint(apply)
@@ -160,9 +160,9 @@ def forward(
             (and within a step as with "layers").
 
     Returns:
-        Hidden states, zero beyond a row's length, and the State. `logits` turns them into logits. With
-        `wanted` also the sum of the rule's `write_loss`, of tokens of which something is said and layers
-        that have memory; 0 for rules that choose no tokens.
+        Hidden states, zero beyond a row's length, and the State; with `wanted` a third, the write loss: the
+        sum of the rule's `write_loss` over tokens of which something is said and layers that have memory,
+        0 for rules that choose no tokens. `logits` turns hidden states into logits.
     """
     batch, total = tokens.shape
 
@@ -182,14 +182,14 @@ def forward(
         aligned=aligned,
         remat=remat,
     )
-    taught = () if wanted is None else (jnp.sum(losses),)
+    write_loss = () if wanted is None else (jnp.sum(losses),)
     slots = hidden.shape[2]
     if aligned and on_grid(slots, config.memory.segment_length):
         found = jnp.moveaxis(hidden, 0, 1).reshape(batch, -1, hidden.shape[-1])[:, :total]
         if lengths is None:
-            return found, state, *taught
+            return found, state, *write_loss
         there = jnp.arange(total)[:, None] < lengths[:, None, None]
-        return jnp.where(there, found, 0), state, *taught
+        return jnp.where(there, found, 0), state, *write_loss
     end = jnp.cumsum(count, axis=0)  # [steps, B], tokens taken after each step
     position = jnp.arange(total)
     step = jnp.sum(position[:, None, None] >= end, axis=1).T  # [B, T], the step that took the token
@@ -199,7 +199,7 @@ def forward(
     flat = jnp.moveaxis(hidden, 0, 1).reshape(batch, -1, hidden.shape[-1])
     at = jnp.clip(step * slots + slot, 0, flat.shape[1] - 1)
     found = jnp.take_along_axis(flat, at[..., None], axis=1)
-    return jnp.where(position[:, None] < end[-1][:, None, None], found, 0), state, *taught
+    return jnp.where(position[:, None] < end[-1][:, None, None], found, 0), state, *write_loss
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

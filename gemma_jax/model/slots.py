@@ -11,6 +11,7 @@ from gemma_jax.model.delta import EPS, einsum
 from gemma_jax.model.rope import rope_rows, rotate
 from gemma_jax.model.rule import Memory, MemoryRule, Parameter
 
+MOST_COMPARED = 4096  # tokens that are ranked by comparing all with all
 EMPTY = -1e4  # score of a slot that holds nothing; exp of it is 0, so it is not seen at all
 HIDDEN = 64  # units of the network that scores tokens
 DISTANCE = 64  # positions from the newest slot to every query
@@ -27,8 +28,8 @@ class Slots(MemoryRule):
     stay, so an untrained memory holds the last tokens that left sight.
 
     Slots are attended to as if their tokens stood side by side in the order of the text, the newest
-    `DISTANCE` positions before the query: tokens that were not kept leave no trace. A score s adds
-    log sigmoid(s) to its slot's logits, which is how it is learnt.
+    `DISTANCE` positions before the query: tokens that were not kept leave no trace. What a token counts,
+    s, adds log sigmoid(s) to its slot's logits: by that, and by `write_loss`, scores are learnt.
 
     Attention over slots shares its softmax with one more logit, q r + c, that stands for all that local
     attention sees. Where slots get the share m of it, and found = sum of p v, reads add
@@ -98,7 +99,7 @@ class Slots(MemoryRule):
         tokens = {name: memory[name] for name in ("key", "value", "score")}
         new = {name: features[name].astype(x.dtype) for name, x in tokens.items()}
         if len(mask) == 1:  # of a long text alone, most segments change nothing
-            changes = jnp.any(new["score"].max(axis=2) >= memory["score"].min(axis=2))
+            changes = ~jnp.all(new["score"].max(axis=2) < memory["score"].min(axis=2))
             tokens = jax.lax.cond(changes, _best_of, lambda tokens, _: tokens, tokens, new)
         else:
             tokens = _best_of(tokens, new)
@@ -133,7 +134,8 @@ def _of_neighbours(score: Float[Array, "B S K"]) -> Float[Array, "B S K"]:
 def _highest(score: Float[Array, "B K M"], count: int) -> Int[Array, "B K count"]:
     """Where the highest scores are, from left to right; of equal ones, the last."""
     score = jax.lax.stop_gradient(score)
-    return (_by_ranks if jax.default_backend() == "gpu" else _by_sorting)(score, count)
+    many = score.shape[-1] > MOST_COMPARED or jax.default_backend() != "gpu"
+    return (_by_sorting if many else _by_ranks)(score, count)
 
 
 def _by_ranks(score: Array, count: int) -> Array:
@@ -141,7 +143,7 @@ def _by_ranks(score: Array, count: int) -> Array:
     number = jnp.arange(score.shape[-1], dtype=jnp.int32)
     earlier = number < number[:, None]
     own, others = score[..., None], score[..., None, :]
-    ahead = (others > own) | ((others == own) & ~earlier & (number != number[:, None]))
+    ahead = (others > own) | ((others == own) & (number > number[:, None]))
     chosen = ahead.sum(axis=-1, dtype=jnp.int32) < count
     place = jnp.sum(chosen[..., None, :] & earlier, axis=-1, dtype=jnp.int32)
     here = chosen[..., None, :] & (place[..., None, :] == number[:count, None])

@@ -6,6 +6,7 @@ one). `gemma_jax.model.scan` cuts texts of any length into such steps.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -31,7 +32,7 @@ from gemma_jax.model.state import (
 from gemma_jax.model.weights import Weight, declare_weight, product
 
 Params = dict[str, Any]
-LOSSES = "losses"  # the collection of what layers lay open of their writes
+LOSSES = "losses"  # the collection that layers sow their memory's `write_loss` into
 
 # JAX's names of what `keep_products` keeps; the last is cuDNN's attention.
 PRODUCTS = ("dot_general", "dot_product_attention_fwd_wrapper")
@@ -93,7 +94,7 @@ class Attention(nn.Module):
         if recurrent:
             features = rule.features(p, x, q, k, v)
             if span.wanted is not None:
-                self._teach(rule, features, span)
+                self._sow_write_loss(rule, features, span)
             before, state = self._remember(rule, features, state, span)
         keys, values, history = state.keys, state.values, history_length(config, self.layer_type)
         if only is not None:
@@ -130,11 +131,13 @@ class Attention(nn.Module):
         attended = attended.reshape(*attended.shape[:2], -1)
         return product(attended, out), state
 
-    def _teach(self, rule: memory_lib.MemoryRule, features: dict[str, Array], span: Span) -> None:
-        """Lays open what the rule's choice of new tokens costs, where it is said which are wanted."""
-        cost = rule.write_loss(features, jnp.maximum(span.wanted, 0).astype(jnp.float32))
-        if cost is not None:
-            self.sow(LOSSES, "write", jnp.sum(cost, where=span.is_new & (span.wanted >= 0)))
+    def _sow_write_loss(
+        self, rule: memory_lib.MemoryRule, features: dict[str, Array], span: Span
+    ) -> None:
+        """The sum of the rule's `write_loss` over new tokens of which something is said."""
+        loss = rule.write_loss(features, jnp.maximum(span.wanted, 0).astype(jnp.float32))
+        if loss is not None:
+            self.sow(LOSSES, "write", jnp.sum(loss, where=span.is_new & (span.wanted >= 0)))
 
     def _remember_sink(self, state: LayerState, k: Array, v: Array, span: Span) -> LayerState:
         if state.sink_key is None or span.steady:
@@ -214,6 +217,22 @@ def keep_products(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name in PRODUCTS
 
 
+@functools.cache
+def layer_function(config: GemmaConfig, layer_type: str, remat: bool) -> Callable[..., Any]:
+    """A layer as a function of its parameters and what `Block` is given; gives also what it sows.
+
+    JAX traces it once for all layers of a kind that are given the same shapes, and puts the trace in the
+    place of each. It lasts until `jax.clear_caches()`, beyond the programs it is put into.
+    """
+    kind = nn.remat(Block, policy=keep_products) if remat else Block
+    block = kind(config, layer_type, parent=None)
+
+    def apply(params: Params, *given: Any) -> tuple[tuple[Array, LayerState], Params]:
+        return block.apply({"params": params}, *given, mutable=[LOSSES])
+
+    return jax.jit(apply, inline=True)
+
+
 class Transformer(nn.Module):
     """Gemma's decoder: tokens and State in, hidden states and State out.
 
@@ -232,8 +251,7 @@ class Transformer(nn.Module):
             config.dtype,
             config.quantized,
         )
-        block = nn.remat(Block, policy=keep_products) if self.remat_layers else Block
-        self.layers = [block(config, kind) for kind in config.layer_types]
+        self.layers = [Block(config, kind) for kind in config.layer_types]
         self.final_norm = RMSNorm(config.norm_eps, config.dtype)
 
     def __call__(
@@ -252,8 +270,8 @@ class Transformer(nn.Module):
             tokens: T < S tokens that fit into the current segment, or whole segments, whose first
                 `state.fill` slots are ignored.
             count: new tokens of each row; all slots by default.
-            wanted: which tokens memory should keep, see `scan.forward`; what layers do otherwise is laid
-                open in the collection LOSSES.
+            wanted: which tokens memory should keep, see `scan.forward`: the rule's `write_loss` is sown
+                into the collection LOSSES.
             last_only: whether hidden states are wanted of each row's last new token alone, [B, 1, D];
                 then the last layer attends and feeds forward for these tokens alone.
             steady: promises that no row starts its text or completes its segment, for steps within
@@ -268,8 +286,15 @@ class Transformer(nn.Module):
         last = jnp.maximum(span.first + count - 1, 0) if last_only else None
         layers = []
         for i, (block, layer) in enumerate(zip(self.layers, state.layers, strict=True)):
-            only = last if i == self.config.num_layers - 1 else None
-            x, layer = block(x, layer, span, only)
+            given = x, layer, span, last if i == self.config.num_layers - 1 else None
+            if self.is_initializing():
+                x, layer = block(*given)
+            else:
+                apply = layer_function(self.config, block.layer_type, self.remat_layers)
+                with jax.named_scope(block.name):
+                    (x, layer), sown = apply(block.variables["params"], *given)
+                for loss in jax.tree.leaves(sown):
+                    self.sow(LOSSES, "write", loss)
             layers.append(layer)
         return self.final_norm(x), advance(self.config, state, tuple(layers), span)
 

@@ -292,6 +292,10 @@ def make_run(
         )
     if plan.write_loss and type(make_rule(config)).write_loss is MemoryRule.write_loss:
         raise UsageError(f"Memory rule {rule} chooses no tokens: leave out --write-loss.")
+    if plan.write_loss and not any(source.says_what_to_keep for source in mixture.sources):
+        raise UsageError(
+            "Nothing in --data tells what to keep: leave out --write-loss, or add tasks with facts."
+        )
     checkpoints = Checkpoints(directory / "checkpoints", options.keep)
     begun_with = {
         name: value for name, value in vars(options).items() if name not in command_line.PER_RUN

@@ -324,7 +324,7 @@ def make_parser() -> ArgumentParser:
         0.0,
         metavar="P",
         type=real(0),
-        help="times the cross-entropy of which tokens are kept: those of tasks' facts, no others",
+        help="weight of the loss that teaches scores to keep tasks' facts, and nothing else",
     )
     add(group, "--clip-norm", 1.0, metavar="N", type=positive, help="of the gradient")
     add(group, "--b1", 0.9, metavar="B", type=real(0, 1), help="of AdamW")

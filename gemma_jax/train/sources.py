@@ -2,7 +2,8 @@
 
 A source makes a `Row` of any length from a random generator: equal generators make equal rows. It
 holds paths and settings only, so other processes can be given it; what it reads is mapped into memory
-when it is first used. `shortest` is the least length that makes sense, `files` names what it reads.
+when it is first used. `shortest` is the least length that makes sense, `files` names what it reads, and
+`says_what_to_keep` tells whether any of its tokens are facts that memory should keep.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import itertools
 import random
 import string
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -52,7 +53,8 @@ SEPARATORS = (" ", ", ", ",", "  ", "\n", "\t", ":", "-", ".", " | ", ";")
 ALONE = 0.3  # share of the sequences with one question, among much that is not to be remembered
 LEAST_ANSWER = 3.0  # tokens that an answer counts as, at least
 KEEP, LEAVE, UNSAID = 1, 0, -1  # what memory should do with a token
-SAYS_NOTHING = ("copy", "mqar")  # tasks whose facts are like no sentence: any token could be one
+# Tasks whose facts are like no sentence: any token could be one.
+SAYS_NOTHING = ("copy", "mqar", "common_words", "frequent_words")
 SEEDS = 2**31  # of episodes
 TRIES = 16  # to find an episode that is not too long
 
@@ -146,7 +148,7 @@ class Noise:
         return np.choose(kinds, [ids, rng.permutation(ids), of_any, counted])
 
     def _listed(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
-        """With lists in it, as programs print them: of numbers that count on or do not, or of names."""
+        """With lists in it, as programs print them: of numbers that count on or do not, some with names."""
         made = ids.copy()
         for at in rng.integers(len(ids), size=-(-len(ids) // LIST_TOKENS)):
             text = _list(random.Random(int(rng.integers(SEEDS))))
@@ -156,12 +158,9 @@ class Noise:
 
 
 def _list(rng: random.Random) -> str:
-    """E.g. `07 08 09 0a`, `qa 5674:\nqa 1230:`."""
-    count, form, separator = (
-        rng.randint(4, LONGEST_LIST),
-        rng.choice(FORMATS),
-        rng.choice(SEPARATORS),
-    )
+    """E.g. `07 08 09 0a ` or `kb [2166], Ro [18], `."""
+    count = rng.randint(4, LONGEST_LIST)
+    form, separator = rng.choice(FORMATS), rng.choice(SEPARATORS)
     first, step = int(10 ** rng.uniform(0, 7)), rng.choice((1, 1, 1, -1, 2, 10))
     most = int(10 ** rng.uniform(1, 7))
     counts, named = rng.random() < 0.5, rng.random() < 0.3
@@ -197,6 +196,7 @@ class TextSource:
     bos_id: int
     language_weight: Ramp
     noise: Noise | None = None
+    says_what_to_keep: ClassVar[bool] = False
 
     @property
     def files(self) -> list[str]:
@@ -224,6 +224,7 @@ class RecordSource:
     """Prompts with their answers, as many whole ones as fit, then padding; the answers count."""
 
     records: Records
+    says_what_to_keep: ClassVar[bool] = False
 
     @property
     def files(self) -> list[str]:
@@ -301,21 +302,27 @@ class TaskSource:
         return loosely(episode, rng) if rng.random() < self.loose else episode
 
     @property
+    def says_what_to_keep(self) -> bool:
+        """Whether its facts tell sentences that are to be kept from others."""
+        return self.name not in SAYS_NOTHING
+
+    @property
     def most_questions(self) -> int:
         """About one text."""
         return self._tasks[0].most_questions or MOST_QUESTIONS
 
     def row(self, rng: np.random.Generator, length: int) -> Row:
-        wanted = max(1, round(self.density.at(length - 1) * length / 1000 * rng.uniform(0.5, 1.5)))
-        wanted = 1 if rng.uniform() < ALONE else wanted
-        spans = -(-wanted // self.most_questions)
+        density = self.density.at(length - 1) / 1000
+        questions = max(1, round(density * length * rng.uniform(0.5, 1.5)))
+        questions = 1 if rng.uniform() < ALONE else questions
+        spans = -(-questions // self.most_questions)
         strange = _is_strange(self.noise, rng)
         parts = [Part([self.bos_id])]
         filled = 1
         for i in range(spans):
             room = (length - filled) // (spans - i)
             parts += self._span(
-                rng, room, max(1, wanted // spans), last=i == spans - 1, strange=strange
+                rng, room, max(1, questions // spans), last=i == spans - 1, strange=strange
             )
             filled += room
         language = 0.0 if strange else self.language_weight.at(length - 1)
@@ -324,8 +331,7 @@ class TaskSource:
             max(1.0, LEAST_ANSWER / n) if part.answer else language
             for part, n in zip(parts, lengths, strict=True)
         ]
-        says = self.name not in SAYS_NOTHING
-        wanted = [part.wanted if says else UNSAID for part in parts]
+        wanted = [part.wanted if self.says_what_to_keep else UNSAID for part in parts]
         return Row(
             _joined([part.ids for part in parts]),
             np.repeat(np.array(weights, np.float32), lengths),

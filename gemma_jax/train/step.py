@@ -204,7 +204,7 @@ def score_batch(
     if not isinstance(state, State):
         state = start_state(config, rows, state)
     params = compute_params(params, config)
-    hidden, state, *taught = forward(
+    hidden, state, *write_loss = forward(
         params,
         batch.tokens,
         state,
@@ -227,7 +227,7 @@ def score_batch(
         return jnp.sum(jnp.where(answers, x, 0), dtype=jnp.float32)
 
     measured = (total(x) for x in (nll, hits, jnp.ones_like(nll)))
-    return Scores(loss, *measured, *(taught or (jnp.float32(0),))), state
+    return Scores(loss, *measured, *(write_loss or [jnp.float32(0)])), state
 
 
 def start_state(config: GemmaConfig, rows: int, memories: Memories | None = None) -> State:
@@ -385,8 +385,8 @@ def make_train_step(
         write_loss=0.0,
     ):
         batch = batch.replace(weights=_shares(batch.weights))
-        told = 0 if batch.wanted is None else jnp.sum(batch.wanted >= 0)
-        write = write_penalty, write_shift, write_loss / jnp.maximum(told * layers, 1)
+        labelled = 0 if batch.wanted is None else jnp.sum(batch.wanted >= 0)
+        write = write_penalty, write_shift, write_loss / jnp.maximum(labelled * layers, 1)
         gradients, (scores, finite, memories) = gradient(params, frozen, write, batch, state)
         norm = optax.global_norm(gradients)
         sound = jnp.isfinite(scores.loss) & jnp.isfinite(norm)
@@ -396,7 +396,7 @@ def make_train_step(
             lambda new, old: jnp.where(sound, new, old), new_state, optimizer_state
         )
         metrics = {"loss": scores.loss, "gradient_norm": norm}
-        metrics["write_loss"] = scores.write_loss / jnp.maximum(told * layers, 1)
+        metrics["write_loss"] = scores.write_loss / jnp.maximum(labelled * layers, 1)
         if watch:
             joined = params if frozen is None else join(frozen, params)
             metrics |= _watched(scores, gradients) | {"finite": finite, "memories": memories}

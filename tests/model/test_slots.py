@@ -101,10 +101,29 @@ def test_what_is_masked_is_never_kept():
     config = tiny_config(rule="slots", num_kv_heads=1, slots=10)
     rule, mask = make_rule(config), jnp.arange(LENGTH)[None] < 3
     tokens = {"key": jnp.ones((1, LENGTH, 1, 8)), "value": jnp.ones((1, LENGTH, 1, 8))}
-    tokens["score"] = jnp.zeros((1, LENGTH, 1))
+    tokens["score"] = jnp.where(mask, 0.0, 5.0)[..., None]  # what is masked lifts no neighbour
     memory = rule.write(rule.init(1), rule.prepare(tokens, mask), mask)
     np.testing.assert_array_equal(memory["key"][0, 0, :, 0], [0] * 7 + [1] * 3)
     assert float(memory["written"][0, 0]) == 1.5 and float(memory["offered"][0, 0]) == 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_text_alone_is_kept_as_beside_another(seed):
+    """Where there is one, segments that change nothing are passed over."""
+    rng = np.random.default_rng(seed)
+    config = tiny_config(rule="slots", slots=12)
+    rule, shape = make_rule(config), (SEGMENTS, 2, LENGTH, config.num_kv_heads)
+    tokens = {
+        name: jnp.asarray(rng.normal(size=(*shape, 8)), jnp.float32) for name in ("key", "value")
+    }
+    tokens["score"] = jnp.asarray(rng.integers(-3, 3, shape), jnp.float32)
+    present = jnp.asarray(rng.uniform(size=shape[:2]) < 0.8)
+    both, _ = write_segments(rule, rule.init(2), tokens, present)
+    for row in range(2):
+        own = jax.tree.map(lambda x, row=row: x[:, row : row + 1], (tokens, present))
+        alone, _ = write_segments(rule, rule.init(1), *own)
+        for name, found in alone.items():
+            np.testing.assert_array_equal(found[0], both[name][row], err_msg=name)
 
 
 def test_an_empty_memory_changes_nothing():

@@ -196,9 +196,7 @@ def test_fifty_thousand_tokens_are_read_whole(rule):
         rule=rule, layer_types=("global",), segment_length=512, width=12, mlp_dim=8
     )
     params, tokens = random_params(config), random_tokens(config, 50_000)
-    if (
-        rule == "slots"
-    ):  # scores that are neither 0 nor 1, so that the sum of them tells of every token
+    if rule == "slots":  # the sum of scores that are neither 0 nor 1 tells of every token
         memory = params["layers_0"]["attention"]["memory"]
         memory |= {name: 0.05 * memory[name] for name in ("score_kernel", "write_kernel")}
         params["layers_0"]["attention"]["memory"] = memory
@@ -215,9 +213,8 @@ def test_fifty_thousand_tokens_are_read_whole(rule):
         return state
 
     state, changed = final(tokens), tokens.copy()
-    at = (
-        slice(0, 1) if rule == "off" else slice(700, 720)
-    )  # without memory only the sink is known for ever
+    # Without memory only the sink is known for ever.
+    at = slice(0, 1) if rule == "off" else slice(700, 720)
     changed[at] = (changed[at] + 1) % config.vocab_size
     other = final(changed)
     differs = [

@@ -243,6 +243,31 @@ def logits_of_keeping(params, tokens, config):
     return hidden @ memory["score_kernel"] + x @ memory["write_kernel"] + memory["write_bias"]
 
 
+def test_what_should_be_kept_counts_as_the_mean_of_layers_with_memory():
+    config = small(rule="slots", layer_types=("global", "sliding", "global"), sliding_window=16)
+    params, batch = random_params(config, scale=0.02), make_batch(config)
+    wanted = np.random.default_rng(0).integers(-1, 2, batch.tokens.shape).astype(np.int8)
+    state = gemma_jax.init_state(config, 2)
+    *_, total = gemma_jax.forward(params, batch.tokens, state, config=config, wanted=wanted)
+    step = make_train_step(config, optax.sgd(1.0))
+    _, _, metrics = step(params, optax.sgd(1.0).init(0), batch.replace(wanted=wanted))
+    assert metrics["write_loss"] == pytest.approx(float(total) / (wanted >= 0).sum() / 2, rel=1e-4)
+
+
+def test_what_should_be_kept_is_said_of_real_tokens_alone():
+    config = small(rule="slots")
+    params, batch = random_params(config, scale=0.2), make_batch(config)
+    ones, lengths = np.ones(batch.tokens.shape, np.int8), np.array([LENGTH, 13])
+
+    def loss(**given):
+        state = gemma_jax.init_state(config, 2)
+        return float(gemma_jax.forward(params, batch.tokens, state, config=config, **given)[2])
+
+    said = np.where(np.arange(LENGTH) < lengths[:, None], ones, -ones)
+    short = loss(wanted=ones, lengths=lengths)
+    assert short == pytest.approx(loss(wanted=said), rel=1e-5) and short < 0.9 * loss(wanted=ones)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_what_should_be_kept_is_learnt_by_its_cross_entropy(accumulate):
     config = small(rule="slots")

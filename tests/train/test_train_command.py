@@ -389,6 +389,9 @@ def test_a_memory_is_told_which_tokens_to_keep(command, scratch, tmp_path):
     told = losses(tmp_path / "told", "--steps", 30, "--log-steps", 1, "--write-loss", 1)
     assert told[0] == pytest.approx(np.log(2), rel=1e-4) and told[-1] < 0.5
     assert losses(tmp_path / "not", "--steps", 1, "--log-steps", 1) == [0.0]
+    given = ["--memory", "slots", "--steps", 1, "--write-loss", 1, "--output", tmp_path / "copies"]
+    done = command(*scratch, *given, "--data", "task:copy")
+    assert done.code == 2 and "Nothing in --data tells what to keep" in done.err
 
 
 def test_loose_wordings_and_strange_texts_are_named_and_kept(command, scratch, home, tmp_path):
