@@ -37,6 +37,7 @@ CAPS = {
     "--batch-size": 2,
     "--trials": 1,
     "--questions": 1,
+    "--haystacks": 1,
     "--length": 300,
     "--steps": 1,
     "--minutes": 0.01,
