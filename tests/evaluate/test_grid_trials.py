@@ -60,7 +60,9 @@ def test_the_recorded_trials_of_the_shipped_model_are_made_again(monkeypatch):
     recorded = {
         found.command: found.trials_sha256
         for found in records.read(ROOT / "benchmarks" / "recall.json", Recall)
-        if "gemma_jax/demo/model" in found.command and found.trials_sha256
+        if "gemma_jax/demo/model" in found.command
+        and found.trials_sha256
+        and " --haystack " not in found.command  # a file that is not here
     }
     made = {}
     for typed in recorded:
