@@ -56,7 +56,7 @@ def answer(options: argparse.Namespace) -> None:
     report = answer.report()
     print(json.dumps(report, ensure_ascii=False) if options.json else "", flush=True)
     console.warning(notices.replaced(documents.replaced if documents else 0))
-    console.line(notices.summary(report, answer.given_tokens))
+    console.line(notices.summary(answer))
     if autosave:
         autosave.remove()
 

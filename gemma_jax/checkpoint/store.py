@@ -115,6 +115,7 @@ def load(
     import jax
 
     from gemma_jax.checkpoint import adapter as adapters
+    from gemma_jax.model.state import default_device
     from gemma_jax.model.transformer import abstract_params, init_memory_params
     from gemma_jax.text import load_tokenizer
 
@@ -128,19 +129,21 @@ def load(
         config = config.with_memory(segment_length=segment_length)
     check(path, hashes=verify)
     base = recorded if trained is None else read_config(path, memory=memory)
-    params = load_params(
-        path / PARAMS, abstract_params(dataclasses.replace(base, dtype=config.dtype))
-    )
+    wanted = abstract_params(dataclasses.replace(base, dtype=config.dtype))
+    with ThreadPoolExecutor(1) as pool:
+        tokenizer = pool.submit(load_tokenizer, path)
+        params = load_params(path / PARAMS, wanted)
     if trained is not None:
         params = adapters.apply(trained, config, params)
     if verify:
         require_finite(params)
     if config.memory.rule != recorded.memory.rule:
         _replace_memory(params, init_memory_params(config, jax.random.key(0)))
+    params = jax.device_put(params, default_device())  # what is new in them as well
     hashes = part_hashes(path)
     if adapter is not None:
         hashes["adapter"] = _digest(read_manifest(absolute(adapter)))
-    return Model(config, params, load_tokenizer(path), path, hashes)
+    return Model(config, params, tokenizer.result(), path, hashes)
 
 
 def load_params(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:

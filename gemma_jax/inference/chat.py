@@ -15,7 +15,12 @@ from gemma_jax.inference.reading import Reading
 from gemma_jax.inference.remember import fork, new_memory, recall
 from gemma_jax.inference.sampling import make_sampling
 from gemma_jax.inference.streaming import StopTexts, StreamDecoder
-from gemma_jax.inference.writing import default_block_tokens, require_finite, stop_token_ids
+from gemma_jax.inference.writing import (
+    default_block_tokens,
+    padded_stop_ids,
+    require_finite,
+    stop_token_ids,
+)
 from gemma_jax.text import Place
 
 
@@ -146,7 +151,7 @@ class Chat:
             sampling=self._sampling,
             key=self._key,
             num_tokens=self._block_tokens,
-            stop_ids=tuple(ends),
+            stop_ids=padded_stop_ids(ends),
         )
         tokens, counts = jax.device_get((tokens, counts))
         block = tokens[0, : int(counts[0])].tolist()

@@ -6,8 +6,11 @@ Imports wait for their use: what is wrong with the options or the files is said 
 import argparse
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator
 from typing import Any
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 @contextlib.contextmanager
@@ -59,6 +62,7 @@ def load(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
     from gemma_jax.checkpoint import store
     from gemma_jax.inference import notices
 
+    begin = time.perf_counter()
     cache.keep_compiled_programs()
     path, dtype = options.model, None
     if path is None:
@@ -71,6 +75,12 @@ def load(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
     )
     console.line(notices.memory_needed(config))
     console.warning(notices.untrained(recorded, options.memory))
+
+    from gemma_jax.inference.compiling import Compiling
+    from gemma_jax.inference.sampling import make_sampling
+
+    drawn = make_sampling(**{name: getattr(options, name) for name in SAMPLING})
+    compiling = Compiling(config, drawn, block_tokens=1 if options.chat and options.stop else None)
     model = store.load(
         path,
         memory=options.memory,
@@ -79,15 +89,16 @@ def load(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
         verify=not options.no_verify,
         adapter=options.adapter,
     )
-    earlier = options.load_memory or options.resume
-    if earlier is None:
-        return model, None
-    from gemma_jax.inference.saving import load_reading
+    memory = None
+    if earlier := options.load_memory or options.resume:
+        from gemma_jax.inference.saving import load_reading
 
-    memory = load_reading(
-        earlier, model, resume=options.resume is not None, verify=not options.no_verify
-    )
-    console.line(notices.loaded(earlier, memory))
+        memory = load_reading(
+            earlier, model, resume=options.resume is not None, verify=not options.no_verify
+        )
+        console.line(notices.loaded(earlier, memory))
+    compiling.wait()
+    console.line(notices.ready(time.perf_counter() - begin))
     return model, memory
 
 
@@ -114,8 +125,7 @@ def save(options: argparse.Namespace, memory: Any, model: Any, console: Any) -> 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """How tokens are drawn and where answers end, as `generate` takes it."""
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
-    return {name: getattr(options, name) for name in names}
+    return {name: getattr(options, name) for name in (*SAMPLING, "seed", "stop")}
 
 
 def show_progress(console: Any, model: Any, memory: Any) -> Any:

@@ -195,8 +195,8 @@ def run_command(command: Callable[[], None], *, debug: bool = False) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process. After an interruption at once: threads may be deep in compiled code."""
-    if code == INTERRUPTED:
+    """Ends the process; after a failure at once, as threads may be deep in compiled code."""
+    if code:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, AttributeError):
                 stream.flush()

@@ -15,7 +15,7 @@ from gemma_jax.model.transformer import Params, Transformer
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "sampling", "num_tokens", "stop_ids"),
+    static_argnames=("config", "sampling", "num_tokens"),
     donate_argnames=("state",),
 )
 def decode_block(
@@ -27,7 +27,7 @@ def decode_block(
     sampling: Sampling,
     key: Array,
     num_tokens: int,
-    stop_ids: tuple[int, ...] = (),
+    stop_ids: tuple[int, ...] | Int[Array, " E"] = (),
 ) -> tuple[Int[Array, "B num_tokens"], Int[Array, " B"], Float[Array, "B V"], State]:
     """Samples up to `num_tokens` tokens per row and feeds each back to the model.
 
@@ -38,6 +38,7 @@ def decode_block(
     Args:
         logits: of what comes next, from `prefill` or the block before.
         state: consumed; advanced over exactly `counts[b]` tokens.
+        stop_ids: an id below 0 stops nothing.
 
     Returns:
         Tokens (those from `counts[b]` on mean nothing and are 0), counts, logits of what comes

@@ -56,17 +56,24 @@ def untrained(recorded: GemmaConfig, rule: str | None) -> str | None:
     )
 
 
+def ready(seconds: float) -> str:
+    """How long it took until there was a model that can read and write."""
+    return f"loaded in {seconds:.1f} s"
+
+
 def replaced(characters: int) -> str | None:
     """The warning that some bytes were not UTF-8, if there were any."""
     return f"{characters} places were not UTF-8 and were read as U+FFFD." if characters else None
 
 
-def summary(report: dict[str, Any], given_tokens: int) -> str:
+def summary(answer: Any) -> str:
     """The closing line: how much was read and written, and how fast."""
+    report, first = answer.report(), answer.first_token_seconds
     prefill, decode = report["prefill_tokens_per_second"], report["decode_tokens_per_second"]
     return (
-        f"read {report['prompt_tokens']} of {given_tokens} tokens{_speed(prefill)},"
+        f"read {report['prompt_tokens']} of {answer.given_tokens} tokens{_speed(prefill)},"
         f" wrote {len(report['tokens'])}{_speed(decode)}"
+        + ("" if first is None else f", the first after {first:.2f} s")
     )
 
 

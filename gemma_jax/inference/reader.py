@@ -5,6 +5,7 @@ can come from elsewhere or be kept in between: `remember` and `recall` (or `read
 into a State, `write` continues from one.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ class Answer(Iterator[str]):
         prompt_tokens: what was read before, with BOS, by the State's own count; 0 until it was
             read.
         given_tokens: what the tokenizer made of the text, with BOS.
+        first_token_seconds: from the first piece being asked for to the first token; None before it.
         finish_reason: "stop" (a stop token or stop text) or "length"; None until the end.
     """
 
@@ -67,11 +69,12 @@ class Answer(Iterator[str]):
         self._on_progress = on_progress
         self._decode_rate: Rate | None = None
         self._reading_rate: float | None = None
-        self._pieces = self._run()
+        self._pieces, self._begin = self._run(), 0.0
         self.seed = seed
         self.text = ""
         self.tokens: list[int] = []
         self.prompt_tokens = self.given_tokens = 0
+        self.first_token_seconds: float | None = None
         self.finish_reason: str | None = None
 
     def __next__(self) -> str:
@@ -101,6 +104,7 @@ class Answer(Iterator[str]):
                 yield piece
 
     def _unrecorded(self) -> Iterator[str]:
+        self._begin = time.perf_counter()
         reading = self._read()
         self._decode_rate = Rate()
         stop_ids = stop_token_ids(self._model)
@@ -137,6 +141,8 @@ class Answer(Iterator[str]):
         self, ids: Iterable[int], decoder: StreamDecoder, stop_ids: Sequence[int]
     ) -> Iterator[str]:
         for token in ids:
+            if not self.tokens:
+                self.first_token_seconds = time.perf_counter() - self._begin
             self.tokens.append(token)
             if token in stop_ids:
                 self.finish_reason = "stop"

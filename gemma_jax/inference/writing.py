@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from gemma_jax import text as text_lib
 from gemma_jax.errors import GemmaError
@@ -15,6 +16,7 @@ from gemma_jax.inference.reading import Reading, all_finite
 BLOCKS_IN_FLIGHT = 2  # blocks of tokens given to the device before the host looks at the oldest
 BLOCK_TOKENS = {"cpu": 1}  # tokens decoded between two looks at them: a CPU takes long for each
 DEFAULT_BLOCK_TOKENS = 8
+STOP_IDS = 8  # places for them, so that what is compiled does not depend on how many there are
 
 
 def write(
@@ -38,6 +40,7 @@ def write(
     """
     block_tokens = block_tokens or default_block_tokens()
     logits, state, key = reading.logits, reading.state, jax.random.key(seed)
+    stops = padded_stop_ids(stop_ids)
     require_finite(reading)
     written = given = 0
     in_flight: collections.deque[Any] = collections.deque()
@@ -54,7 +57,7 @@ def write(
                 sampling=sampling,
                 key=key,
                 num_tokens=block_tokens,
-                stop_ids=tuple(stop_ids),
+                stop_ids=stops,
             )
             in_flight.append((tokens, counts, all_finite(logits)))
             given += block_tokens
@@ -85,6 +88,12 @@ def stop_token_ids(model: Any) -> tuple[int, ...]:
     """Ids that end an answer: the model's own list, and the end of turn of its chat template."""
     ends = text_lib.end_of_turn_ids(model.tokenizer, model.config.bos_id)
     return tuple(dict.fromkeys((*model.config.eos_ids, *ends)))
+
+
+def padded_stop_ids(stop_ids: Sequence[int] = ()) -> np.ndarray:
+    """Stop tokens as `decode_block` is given them, int32, with -1 in the places that are free."""
+    places = max(STOP_IDS, len(stop_ids))
+    return np.array([*stop_ids, *[-1] * (places - len(stop_ids))], np.int32)
 
 
 def _not_finite(tokens: int) -> str:

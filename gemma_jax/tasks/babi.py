@@ -18,14 +18,22 @@ OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Story:
-    """Sentences and a question about them."""
+class Asked:
+    """A question that the sentences of a story answer in one way only."""
 
-    sentences: tuple[str, ...]
     question: str
     lead: str  # how an answer begins, up to the word that is asked for
     answer: str
     needed: tuple[int, ...]  # sentences that it takes, in their order
+
+
+@dataclasses.dataclass(frozen=True)
+class Story:
+    """Sentences, the question it is told for, and what else could be asked in the same manner."""
+
+    sentences: tuple[str, ...]
+    asked: Asked
+    others: tuple[Asked, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,11 +141,13 @@ def trail(events: Sequence[Event], thing: str) -> list[Stay]:
 def one_fact(cast: Cast, length: int, rng: random.Random) -> Story | None:
     """QA1: where is a person?"""
     events = _events(cast, (), length, rng)
-    person = rng.choice(sorted({event.person for event in events}))
-    last = max(index for index, event in enumerate(events) if event.person == person)
-    return _told(
-        events, rng, f"Where is {person}?", f"{person} is in the", events[last].thing, (last,)
-    )
+    last = {event.person: index for index, event in enumerate(events)}
+    people = sorted(last)
+    askable = [
+        Asked(f"Where is {person}?", f"{person} is in the", events[at].thing, (at,))
+        for person, at in sorted(last.items())
+    ]
+    return _told(events, askable, people.index(rng.choice(people)), rng)
 
 
 def two_facts(cast: Cast, length: int, rng: random.Random) -> Story | None:
@@ -146,9 +156,17 @@ def two_facts(cast: Cast, length: int, rng: random.Random) -> Story | None:
     known = {thing: stays[-1] for thing in cast.objects if (stays := trail(events, thing))}
     if not known:
         return None
-    thing = rng.choice(sorted(known))
-    question, lead = f"Where is the {thing}?", f"The {thing} is in the"
-    return _told(events, rng, question, lead, known[thing].room, known[thing].because)
+    things = sorted(known)
+    askable = [
+        Asked(
+            f"Where is the {thing}?",
+            f"The {thing} is in the",
+            known[thing].room,
+            tuple(sorted(known[thing].because)),
+        )
+        for thing in things
+    ]
+    return _told(events, askable, things.index(rng.choice(things)), rng)
 
 
 def three_facts(cast: Cast, length: int, rng: random.Random) -> Story | None:
@@ -161,14 +179,12 @@ def three_facts(cast: Cast, length: int, rng: random.Random) -> Story | None:
         for before, stay in itertools.pairwise(stays):
             because = sorted({*before.because, *stay.because})
             if rooms.count(stay.room) == 1 and len(because) == 3:
-                askable.append((thing, before.room, stay.room, tuple(because)))
+                question = f"Where was the {thing} before the {stay.room}?"
+                lead = f"Before the {stay.room}, the {thing} was in the"
+                askable.append(Asked(question, lead, before.room, tuple(because)))
     if not askable:
         return None
-    thing, answer, room, because = rng.choice(askable)
-    question = f"Where was the {thing} before the {room}?"
-    return _told(
-        events, rng, question, f"Before the {room}, the {thing} was in the", answer, because
-    )
+    return _told(events, askable, rng.choice(range(len(askable))), rng)
 
 
 def two_arguments(cast: Cast, length: int, rng: random.Random) -> Story | None:
@@ -184,28 +200,33 @@ def two_arguments(cast: Cast, length: int, rng: random.Random) -> Story | None:
         )
         for other, direction in zip(others, directions, strict=True)
     ]
-    asked = rng.randrange(2)
-    direction = directions[asked]
-    question, lead = rng.choice(
-        (
-            (
+    askable = [
+        [
+            Asked(
                 f"What is {direction} of the {middle}?",
                 f"{direction.capitalize()} of the {middle} is the",
+                other,
+                (index,),
             ),
-            (
+            Asked(
                 f"What is the {middle} {OPPOSITE[direction]} of?",
                 f"The {middle} is {OPPOSITE[direction]} of the",
+                other,
+                (index,),
             ),
-        )
-    )
-    return Story(tuple(sentences), question, lead, others[asked], (asked,))
+        ]
+        for index, (other, direction) in enumerate(zip(others, directions, strict=True))
+    ]
+    asked = rng.choice(askable[rng.randrange(2)])
+    rest = tuple(other for some in askable for other in some if other != asked)
+    return Story(tuple(sentences), asked, rest)
 
 
 def three_arguments(cast: Cast, length: int, rng: random.Random) -> Story | None:
     """QA5: who gave what to whom, where only one event can be meant."""
     events = _events(cast, ("take", "drop", "give"), length, rng)
     gifts = [(i, e.person, e.thing, e.receiver) for i, e in enumerate(events) if e.kind == "give"]
-    askable: dict[int, list[tuple[str, str, str, int]]] = {}
+    askable: dict[int, list[Asked]] = {}
     for index, giver, thing, receiver in gifts:
         questions = (
             (
@@ -226,11 +247,12 @@ def three_arguments(cast: Cast, length: int, rng: random.Random) -> Story | None
         ]
         for kind, (question, count) in enumerate(zip(questions, fits, strict=True)):
             if count == 1:
-                askable.setdefault(kind, []).append((*question, index))
+                askable.setdefault(kind, []).append(Asked(*question, (index,)))
     if not askable:
         return None
-    question, lead, answer, index = rng.choice(askable[rng.choice(sorted(askable))])
-    return _told(events, rng, question, lead, answer, (index,))
+    asked = rng.choice(askable[rng.choice(sorted(askable))])
+    everything = list(itertools.chain(*askable.values()))
+    return _told(events, everything, everything.index(asked), rng)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,12 +289,7 @@ def _events(cast: Cast, kinds: Sequence[str], count: int, rng: random.Random) ->
 
 
 def _told(
-    events: Sequence[Event],
-    rng: random.Random,
-    question: str,
-    lead: str,
-    answer: str,
-    needed: Sequence[int],
+    events: Sequence[Event], askable: Sequence[Asked], chosen: int, rng: random.Random
 ) -> Story:
     sentences = tuple(event.sentence(rng) for event in events)
-    return Story(sentences, question, lead, answer, tuple(sorted(needed)))
+    return Story(sentences, askable[chosen], (*askable[:chosen], *askable[chosen + 1 :]))

@@ -5,6 +5,7 @@ depth, that one at it, and the others anywhere behind it. One text can hold seve
 has people, objects and (in QA4, which is about rooms) rooms of its own; one story has bAbI's.
 """
 
+import copy
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -76,6 +77,7 @@ class Babilong(Task):
     def __init__(self, name: str, forms: str, keys: str, haystack: str):
         self.name, self._forms, self.haystack = name, BABILONG[forms], haystack
         self._kind = babi.KINDS[name.removeprefix("babilong_")]
+        self._others = 0  # questions about a story besides the one it is told for
         self.chance = self._kind.chance
         self._asks_for_rooms = self._kind.make is babi.two_arguments
         people = PEOPLE_WHO_GIVE if self._kind.make is babi.three_arguments else PEOPLE
@@ -99,7 +101,7 @@ class Babilong(Task):
         draft = Draft(self.name, seed, OPENING)
         for (asked, depth), cast in zip(places, self._casts(len(places), rng), strict=True):
             story = self._kind.story(cast, rng)
-            last = story.needed[-1]
+            last = story.asked.needed[-1]
             wheres = [
                 *sorted(rng.random() * depth for _ in range(last)),
                 depth,
@@ -109,14 +111,21 @@ class Babilong(Task):
                 draft.fact(f" {sentence}", where)
                 for sentence, where in zip(story.sentences, wheres, strict=True)
             ]
-            question = rng.choice(self._forms.questions)
-            draft.ask(
-                question.format(question=story.question, lead=story.lead),
-                [story.answer],
-                [facts[index] for index in story.needed],
-                asked,
-            )
+            others = rng.sample(story.others, min(self._others, len(story.others)))
+            for one in (story.asked, *others):
+                form = rng.choice(self._forms.questions)
+                draft.ask(
+                    form.format(question=one.question, lead=one.lead),
+                    [one.answer],
+                    [facts[index] for index in one.needed],
+                    asked,
+                )
         return draft.episode()
+
+    def asking_more(self, most: int) -> "Babilong":
+        task = copy.copy(self)
+        task._others = most
+        return task
 
     def filler(self, episode: Episode, books: Iterable[str]) -> Iterator[Piece]:
         return haystacks.stream(self.haystack, books, f"{self.name}:{episode.seed}:books")

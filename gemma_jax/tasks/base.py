@@ -131,6 +131,13 @@ class Task:
         """
         raise NotImplementedError
 
+    def asking_more(self, most: int) -> "Task":
+        """The task with up to `most` further questions about what each of its questions is about.
+
+        To learn from; one that knows no others is as it was.
+        """
+        return self
+
     def filler(self, episode: Episode, books: Iterable[str]) -> Iterator[Piece | Run]:
         """What stands around the facts, without end; `books` are paths of texts to take it from."""
         raise NotImplementedError

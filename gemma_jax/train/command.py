@@ -181,7 +181,10 @@ def make_data(
             hay = tuple(text(file) for file in filler(options))
             reach = config.memory.reach
             task = (what, hay, encode, config.bos_id, weight, Ramp(*options.density, ends), reach)
-            return [sources.TaskSource(*task, noise, tuple(options.forms), loose=options.loose)]
+            task = (*task, noise, tuple(options.forms))
+            more = {"loose": options.loose, "more_questions": options.more_questions}
+            packed = Ramp(*options.packed, ends) if any(options.packed) else None
+            return [sources.TaskSource(*task, **more, packed=packed)]
         if kind == "text":
             texts = tuple(text(file) for file in matches(what))
             return [sources.TextSource(texts, config.bos_id, weight, noise)]

@@ -247,6 +247,22 @@ def make_parser() -> ArgumentParser:
     )
     add(
         group,
+        "--packed",
+        (0.0, 0.0),
+        metavar="P",
+        type=ramp_or_none,
+        help="share of the tasks' sequences that are full of facts and questions: 0, or as --density has it",
+    )
+    add(
+        group,
+        "--more-questions",
+        0,
+        metavar="N",
+        type=whole(0),
+        help="up to so many about each of BABILong's stories, besides the one it is told for",
+    )
+    add(
+        group,
         "--noise",
         0.0,
         metavar="P",

@@ -27,7 +27,7 @@ from gemma_jax.train.wording import loosely
 
 MOST_QUESTIONS = 64  # of an episode
 STOP = "."  # ends every reply
-SHARE_OF_ITEMS = 0.7  # of a sequence at most; the rest is haystack
+SHARE_OF_ITEMS = 0.7  # of a sequence that is not packed, at most; the rest is haystack
 NEAR = 0.25  # share of the questions asked within local attention's reach of their fact
 AT_THE_END = 0.35  # share asked when everything was read, as tests do
 NOISE_BLOCK = 64  # tokens
@@ -264,6 +264,9 @@ class TaskSource:
         forms, keys: wordings, and names that facts go by, as `gemma_jax.tasks.make` knows them; an
             episode has one of each.
         loose: share of the episodes that are worded more freely than any form, see `wording.loosely`.
+        more_questions: see `Task.asking_more`.
+        packed: share of the sequences that hold as many facts and questions as there is room for, by
+            their length.
     """
 
     name: str
@@ -277,6 +280,8 @@ class TaskSource:
     forms: tuple[str, ...] = ("train",)
     keys: tuple[str, ...] = ("train", "invented")
     loose: float = 0.0
+    more_questions: int = 0
+    packed: Ramp | None = None
 
     @property
     def files(self) -> list[str]:
@@ -291,7 +296,7 @@ class TaskSource:
     @functools.cached_property
     def _tasks(self) -> list[Task]:
         return [
-            tasks.make(self.name, forms=forms, keys=keys)
+            tasks.make(self.name, forms=forms, keys=keys).asking_more(self.more_questions)
             for forms, keys in itertools.product(self.forms, self.keys)
         ]
 
@@ -315,15 +320,18 @@ class TaskSource:
         density = self.density.at(length - 1) / 1000
         questions = max(1, round(density * length * rng.uniform(0.5, 1.5)))
         questions = 1 if rng.uniform() < ALONE else questions
+        packed = self.packed is not None and rng.uniform() < self.packed.at(length - 1)
+        if packed:
+            questions = max(1, min(length // self.shortest, self.most_questions))
         spans = -(-questions // self.most_questions)
         strange = _is_strange(self.noise, rng)
         parts = [Part([self.bos_id])]
         filled = 1
         for i in range(spans):
             room = (length - filled) // (spans - i)
-            parts += self._span(
-                rng, room, max(1, questions // spans), last=i == spans - 1, strange=strange
-            )
+            share = 1.0 if packed else SHARE_OF_ITEMS
+            wanted = max(1, questions // spans)
+            parts += self._span(rng, room, wanted, share, last=i == spans - 1, strange=strange)
             filled += room
         language = 0.0 if strange else self.language_weight.at(length - 1)
         lengths = [len(part.ids) for part in parts]
@@ -340,10 +348,17 @@ class TaskSource:
         )
 
     def _span(
-        self, rng: np.random.Generator, length: int, wanted: int, *, last: bool, strange: bool
+        self,
+        rng: np.random.Generator,
+        length: int,
+        wanted: int,
+        share: float,
+        *,
+        last: bool,
+        strange: bool,
     ) -> list[Part]:
-        """One episode in exactly `length` tokens."""
-        items = self._that_fit(rng, length, np.sort(rng.uniform(0, 1, wanted)))
+        """One episode in exactly `length` tokens, of which several questions may take up a share."""
+        items = self._that_fit(rng, length, np.sort(rng.uniform(0, 1, wanted)), share)
         if items is None:
             return [Part(_haystack(self.texts).cut(rng, length)[0])]
         room = length - items.tokens
@@ -371,7 +386,7 @@ class TaskSource:
             UsageError: the text is too short for a question.
         """
         depths = np.sort(rng.uniform(0, max(length - beyond, 0) / length or 1.0, questions))
-        items = self._that_fit(rng, length - 1, depths)
+        items = self._that_fit(rng, length - 1, depths, SHARE_OF_ITEMS)
         if items is None:
             raise UsageError(
                 f"{length} tokens are too few to ask about {self.name}: choose longer --probe-lengths."
@@ -387,7 +402,7 @@ class TaskSource:
         return _joined([*parts, hay[done:]]), items.asked
 
     def _that_fit(
-        self, rng: np.random.Generator, length: int, depths: np.ndarray
+        self, rng: np.random.Generator, length: int, depths: np.ndarray, share: float
     ) -> "_Items | None":
         """The items of an episode with as many of the depths as there is room for; None: not one.
 
@@ -395,7 +410,7 @@ class TaskSource:
         """
         for _ in range(TRIES):
             items = _Items(self, int(rng.integers(SEEDS)), depths.tolist())
-            limit = length if len(depths) == 1 else int(SHARE_OF_ITEMS * length)
+            limit = length if len(depths) == 1 else int(share * length)
             if items.tokens <= limit:
                 return items
             fewer = max(1, min(len(depths) - 1, len(depths) * limit // items.tokens))

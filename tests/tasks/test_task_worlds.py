@@ -99,6 +99,29 @@ def test_a_reader_of_everything_knows_the_one_answer(name):
 
 
 @pytest.mark.parametrize("name", QA)
+def test_more_questions_about_a_story_have_one_answer_too_and_the_first_stays(name):
+    task = tasks.make(name, haystack="grass")
+    more = task.asking_more(3)
+    found = 0
+    for seed in range(25):
+        episode, one = more.episode(seed, [0.7]), task.episode(seed, [0.7])
+        assert (episode.facts, episode.questions[0].answers) == (
+            one.facts,
+            one.questions[0].answers,
+        )
+        reader = Reader(compose(task, episode, 5000))
+        asked = {re.search(r"[^.?]*\?", question.text)[0] for question in episode.questions}
+        assert len(asked) == len(episode.questions) <= 4
+        found += len(asked)
+        for question in episode.questions:
+            assert reader.answers(question.text) == set(question.answers), question
+            told = "".join(episode.facts[index].text for index in question.facts)
+            assert Reader(told).answers(question.text) == set(question.answers)
+    assert found > 40
+    assert tasks.make("passkey").asking_more(3).episode(0, [0.5]).questions[1:] == ()
+
+
+@pytest.mark.parametrize("name", QA)
 def test_the_facts_that_a_question_names_are_enough_and_the_last_is_at_its_depth(name):
     task = tasks.make(name)
     for seed in range(20):

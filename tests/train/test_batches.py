@@ -321,6 +321,21 @@ def test_questions_fill_the_room_there_is_for_them(make_task, tmp_path):
     assert max(shares) <= sources.SHARE_OF_ITEMS + 0.01
 
 
+def test_packed_sequences_have_as_many_questions_as_there_is_room_for(make_task):
+    """A share that belongs to their length; stories are asked about more than once."""
+    few = make_task("babilong_qa1", density=0.25)
+    asked = dataclasses.replace(few, more_questions=3)
+    packed = dataclasses.replace(asked, packed=Ramp(0.999, 0.001, (2048, 4096)))
+
+    def answers(source, length):
+        rows = [source.row(np.random.default_rng(seed), length + 1).answers for seed in range(60)]
+        return np.mean([np.sum(np.diff([0, *row]) == 1) for row in rows])
+
+    assert answers(few, 2048) < 1.2 < 2 < answers(asked, 2048)
+    assert answers(packed, 2048) > 2 * answers(asked, 2048)
+    assert answers(packed, 4096) < 1.2 * answers(asked, 4096)
+
+
 def test_strange_haystacks_are_full_of_numbers_as_the_tokenizer_reads_them(home, tmp_path):
     learnt = learn_tokenizer([(home / "book.txt").read_text()], SMALLEST + 100)
     found = load_tokenizer(save_tokenizer(learnt, tmp_path / "tokenizer"))

@@ -1,0 +1,76 @@
+"""What reads and writes is compiled while the weights are loaded: it depends on shapes alone."""
+
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_jax.config import GemmaConfig
+from gemma_jax.inference.decode import decode_block
+from gemma_jax.inference.prefill import default_chunk_tokens, prefill
+from gemma_jax.inference.sampling import Sampling
+from gemma_jax.inference.writing import default_block_tokens, padded_stop_ids
+from gemma_jax.model.state import default_device, init_state
+from gemma_jax.model.transformer import abstract_params
+
+
+class Compiling:
+    """The programs of one answer, compiled in threads of their own, as `generate` will call them.
+
+    A program that is called before it is ready would be compiled twice: `wait` first.
+    """
+
+    def __init__(self, config: GemmaConfig, sampling: Sampling, *, block_tokens: int | None = None):
+        """Arguments as of `decode_block`; `block_tokens` as of `generate`."""
+        place = jax.sharding.SingleDeviceSharding(default_device())
+
+        def on_device(tree: Any) -> Any:
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
+            )
+
+        params = on_device(abstract_params(config))
+        state = on_device(jax.eval_shape(functools.partial(init_state, config)))
+        logits = on_device(jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32))
+        piece = jax.ShapeDtypeStruct((1, default_chunk_tokens(config)), jnp.int32)
+        count = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+        def compile_prefill() -> None:
+            prefill.lower(params, piece, state, config=config, lengths=count).compile()
+
+        def compile_decoding() -> None:
+            decode_block.lower(
+                params,
+                logits,
+                state,
+                config=config,
+                sampling=sampling,
+                key=jax.eval_shape(jax.random.key, 0),
+                num_tokens=block_tokens or default_block_tokens(),
+                stop_ids=padded_stop_ids(),
+            ).compile()
+
+        self._done = [_in_background(work) for work in (compile_prefill, compile_decoding)]
+
+    def wait(self) -> None:
+        """Returns when all is compiled; what went wrong is raised here."""
+        for future in self._done:
+            future.result()
+
+
+def _in_background(work: Callable[[], None]) -> Future[None]:
+    """Runs in a thread that does not keep the process from ending."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="gemma_jax compiler", daemon=True).start()
+    return future
