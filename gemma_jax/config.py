@@ -46,6 +46,7 @@ class MemoryConfig:
     # of gated_delta and selective_delta: "hard_sigmoid" reaches exactly 0, "sigmoid" does not
     write_gate: str = "hard_sigmoid"
     slots: int = 256  # of rule slots: tokens that each KV head keeps
+    neighbours: int = 4  # likewise: on each side of a token with a high score, kept for its sake
 
     def __post_init__(self):
         if self.local_attention not in LOCAL_ATTENTION_FORMS:
@@ -57,6 +58,8 @@ class MemoryConfig:
             raise UsageError(f"segment_length is {self.segment_length}: it must be at least 1.")
         if self.slots < 1:
             raise UsageError(f"slots is {self.slots}: it must be at least 1.")
+        if self.neighbours < 0:
+            raise UsageError(f"neighbours is {self.neighbours}: it must be at least 0.")
         if self.write_gate not in ("hard_sigmoid", "sigmoid"):
             raise UsageError(f"write_gate is {self.write_gate!r}: choose hard_sigmoid or sigmoid.")
 

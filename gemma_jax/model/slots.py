@@ -15,7 +15,6 @@ MOST_COMPARED = 4096  # tokens that are ranked by comparing all with all
 EMPTY = -1e4  # score of a slot that holds nothing; exp of it is 0, so it is not seen at all
 HIDDEN = 64  # units of the network that scores tokens
 DISTANCE = 64  # positions from the newest slot to every query
-NEIGHBOURS = 4  # tokens on each side of one with a high score that are kept for its sake
 LOCAL_LOGIT = 8.0  # of local attention as a whole, before anything is learnt
 
 
@@ -23,9 +22,10 @@ class Slots(MemoryRule):
     """Keeps the keys and values of the `config.memory.slots` tokens with the highest scores.
 
     A small network scores each token when it is read (as the retaining heads of Locret do, Huang et al.
-    2024, for a cache of one prompt). A token counts as much as the highest of itself and its `NEIGHBOURS`
-    in the segment: a fact stays as a whole, by the tokens that give it away. Of equal scores the newest
-    stay, so an untrained memory holds the last tokens that left sight.
+    2024, for a cache of one prompt). A token counts as much as the highest of itself and its
+    `config.memory.neighbours` on either side in the segment: a fact stays as a whole, by the tokens that
+    give it away. Of equal scores the newest stay, so an untrained memory holds the last tokens that left
+    sight.
 
     Slots are attended to as if their tokens stood side by side in the order of the text, the newest
     `DISTANCE` positions before the query: tokens that were not kept leave no trace. What a token counts,
@@ -90,7 +90,7 @@ class Slots(MemoryRule):
     def prepare(self, features, mask):
         # What is masked has less than an empty slot, and there are always enough of these.
         score = jnp.where(mask[..., None], features["score"], 2 * EMPTY)
-        score = jnp.where(mask[..., None], _of_neighbours(score), 2 * EMPTY)
+        score = jnp.where(mask[..., None], self._of_neighbours(score), 2 * EMPTY)
         features = {**features, "score": score}
         by_head = {name: jnp.moveaxis(x, 2, 1) for name, x in features.items()}
         return by_head | {"written": jax.nn.sigmoid(score).sum(axis=1)}
@@ -108,6 +108,12 @@ class Slots(MemoryRule):
             "offered": memory["offered"] + mask.sum(axis=1, dtype=jnp.float32)[:, None],
         }
 
+    def _of_neighbours(self, score: Float[Array, "B S K"]) -> Float[Array, "B S K"]:
+        """The highest score of each token and its neighbours."""
+        length, width = score.shape[1], self.config.memory.neighbours
+        around = jnp.pad(score, [(0, 0), (width, width), (0, 0)], constant_values=2 * EMPTY)
+        return jnp.stack([around[:, i : i + length] for i in range(2 * width + 1)]).max(axis=0)
+
     def write_loss(self, features, wanted):
         score = features["score"]  # the logit of a token's being one to keep
         return jnp.mean(jax.nn.softplus(score) - wanted[..., None] * score, axis=-1)
@@ -122,13 +128,6 @@ def _best_of(tokens: Memory, new: Memory) -> Memory:
     best = _highest(joined["score"], tokens["score"].shape[2])
     place = _places(best, joined["score"].shape[2])
     return {name: _choose(x, best, place) for name, x in joined.items()}
-
-
-def _of_neighbours(score: Float[Array, "B S K"]) -> Float[Array, "B S K"]:
-    """The highest score of each token and the `NEIGHBOURS` on either side of it."""
-    length, width = score.shape[1], NEIGHBOURS
-    around = jnp.pad(score, [(0, 0), (width, width), (0, 0)], constant_values=2 * EMPTY)
-    return jnp.stack([around[:, i : i + length] for i in range(2 * width + 1)]).max(axis=0)
 
 
 def _highest(score: Float[Array, "B K M"], count: int) -> Int[Array, "B K count"]:

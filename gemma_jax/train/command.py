@@ -159,6 +159,7 @@ def make_data(
     from gemma_jax.text import batch_encoder
     from gemma_jax.train import corpus, sources
     from gemma_jax.train.data import Mixture
+    from gemma_jax.train.noise import Noise
     from gemma_jax.train.plan import Ramp
     from gemma_jax.train.probe import Probe
 
@@ -173,7 +174,7 @@ def make_data(
         return corpus.tokenize_text(file, tokenizer, cache, told)
 
     others = [text(file) for what in options.noise_text or () for file in matches(what)]
-    noise = sources.Noise(options.noise, encode, tuple(others))
+    noise = Noise(options.noise, encode, tuple(others))
 
     def make(kind: str, what: str) -> list[Any]:
         weight = Ramp(*options.language_weight, ends)

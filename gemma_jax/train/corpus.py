@@ -5,6 +5,7 @@ file and of the tokenizer. Readers map them into memory, so that processes share
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -223,3 +224,9 @@ def _kept(
 
 def _map(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
+
+
+@functools.lru_cache(maxsize=4)
+def haystack(texts: tuple[Text, ...]) -> Haystack:
+    """Of the same texts the same one."""
+    return Haystack(texts)

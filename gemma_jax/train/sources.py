@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import random
-import string
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -20,9 +19,9 @@ from gemma_jax import tasks
 from gemma_jax.errors import UsageError
 from gemma_jax.tasks.base import Episode, Task
 from gemma_jax.text import BatchEncoder
-from gemma_jax.train.corpus import Haystack, RecordBook, Records, Text
+from gemma_jax.train.corpus import RecordBook, Records, Text, haystack
+from gemma_jax.train.noise import Noise
 from gemma_jax.train.plan import Ramp
-from gemma_jax.train.tokenizer import NUMBERS
 from gemma_jax.train.wording import loosely
 
 MOST_QUESTIONS = 64  # of an episode
@@ -30,26 +29,6 @@ STOP = "."  # ends every reply
 SHARE_OF_ITEMS = 0.7  # of a sequence that is not packed, at most; the rest is haystack
 NEAR = 0.25  # share of the questions asked within local attention's reach of their fact
 AT_THE_END = 0.35  # share asked when everything was read, as tests do
-NOISE_BLOCK = 64  # tokens
-MOST_MARKS, LONGEST_MARK = 12, 6  # what is strewn over a text: pieces, and tokens of one
-MOST_MARKED = 0.2  # share of its tokens
-COUNTED = 4096  # numbers to choose from
-LONGEST_LIST = 64  # items
-LIST_TOKENS = 256  # of text, for each list in it
-FORMATS = (
-    "{}",
-    "{:02d}",
-    "{:03d}",
-    "{:x}",
-    "{:02x}",
-    "{:04X}",
-    "{:b}",
-    "{:,}",
-    "0x{:x}",
-    "{}.",
-    "[{}]",
-)
-SEPARATORS = (" ", ", ", ",", "  ", "\n", "\t", ":", "-", ".", " | ", ";")
 ALONE = 0.3  # share of the sequences with one question, among much that is not to be remembered
 LEAST_ANSWER = 3.0  # tokens that an answer counts as, at least
 KEEP, LEAVE, UNSAID = 1, 0, -1  # what memory should do with a token
@@ -85,97 +64,6 @@ class Part:
     wanted: int = LEAVE
 
 
-@dataclasses.dataclass(frozen=True)
-class Noise:
-    """Makes what no text looks like, to learn that nothing of it is to be remembered for being strange.
-
-    Texts that are read later have signs, names and layouts that those of the training never show.
-
-    Attributes:
-        share: of the stretches of text that are made strange.
-        encode: the tokenizer's.
-        others: texts of another kind; some of the stretches are cut out of them instead.
-    """
-
-    share: float
-    encode: BatchEncoder
-    others: tuple[Text, ...] = ()
-
-    @functools.cached_property
-    def _numbers(self) -> np.ndarray:
-        return np.unique(np.concatenate(self.encode(NUMBERS)))
-
-    @functools.cached_property
-    def _numerals(self) -> list[np.ndarray]:
-        """Numbers of one to eight digits, as texts have them."""
-        values = 10 ** np.random.default_rng(0).uniform(0, 8, COUNTED)
-        return [np.array(ids) for ids in self.encode([f" {int(value)}" for value in values])]
-
-    @functools.cached_property
-    def _signs(self) -> np.ndarray:
-        return np.unique(np.concatenate(self.encode([*string.punctuation, "\n"])))
-
-    def make(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
-        """Of a stretch of text: with strange marks all over it, blocks of other tokens, lists; or another."""
-        kinds = [self._marked, self._mixed, self._listed, *([self._other] if self.others else [])]
-        return kinds[rng.integers(len(kinds))](rng, ids).astype(np.int32)
-
-    def _other(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
-        return _haystack(self.others).cut(rng, len(ids))[0]
-
-    def _marked(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
-        """With a few short pieces again and again, of any tokens or of signs, and with numbers."""
-        made = ids.copy()
-        lengths = rng.integers(1, LONGEST_MARK + 1, size=rng.integers(1, MOST_MARKS + 1))
-        kinds = (self.encode.text_ids, self._signs)
-        marks = [rng.choice(kinds[rng.integers(len(kinds))], length) for length in lengths]
-        share_of_numbers = rng.uniform()
-        covered = rng.uniform(0, MOST_MARKED) * len(ids)
-        for at in rng.integers(len(ids), size=int(covered / lengths.mean())):
-            strewn = self._numerals if rng.uniform() < share_of_numbers else marks
-            mark = strewn[rng.integers(len(strewn))][: len(ids) - at]
-            made[at : at + len(mark)] = mark
-        return made
-
-    def _mixed(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
-        """Blocks are as they were, in another order, of any tokens, or full of numbers."""
-        of_any = rng.choice(self.encode.text_ids, len(ids))
-        counted = np.where(
-            rng.uniform(size=len(ids)) < 0.5, rng.choice(self._numbers, len(ids)), ids
-        )
-        kinds = rng.integers(4, size=-(-len(ids) // NOISE_BLOCK))
-        kinds = np.repeat(kinds, NOISE_BLOCK)[: len(ids)]
-        return np.choose(kinds, [ids, rng.permutation(ids), of_any, counted])
-
-    def _listed(self, rng: np.random.Generator, ids: np.ndarray) -> np.ndarray:
-        """With lists in it, as programs print them: of numbers that count on or do not, some with names."""
-        made = ids.copy()
-        for at in rng.integers(len(ids), size=-(-len(ids) // LIST_TOKENS)):
-            text = _list(random.Random(int(rng.integers(SEEDS))))
-            listed = self.encode([text])[0][: len(ids) - at]
-            made[at : at + len(listed)] = listed
-        return made
-
-
-def _list(rng: random.Random) -> str:
-    """E.g. `07 08 09 0a ` or `kb [2166], Ro [18], `."""
-    count = rng.randint(4, LONGEST_LIST)
-    form, separator = rng.choice(FORMATS), rng.choice(SEPARATORS)
-    first, step = int(10 ** rng.uniform(0, 7)), rng.choice((1, 1, 1, -1, 2, 10))
-    most = int(10 ** rng.uniform(1, 7))
-    counts, named = rng.random() < 0.5, rng.random() < 0.3
-    numbers = [max(first + step * i, 0) if counts else rng.randint(0, most) for i in range(count)]
-    items = map(form.format, numbers)
-    if named:
-        items = (f"{_name(rng)} {item}" for item in items)
-    return separator.join(items) + separator
-
-
-def _name(rng: random.Random) -> str:
-    letters = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 9)))
-    return rng.choice((letters, letters.capitalize(), letters.upper()))
-
-
 def _files(texts: tuple[Text, ...], noise: Noise | None) -> list[str]:
     return [text.ids.name for text in (*texts, *(noise.others if noise else ()))]
 
@@ -208,7 +96,7 @@ class TextSource:
         return 2
 
     def row(self, rng: np.random.Generator, length: int) -> Row:
-        ids, _ = _haystack(self.texts).cut(rng, length - 1)
+        ids, _ = haystack(self.texts).cut(rng, length - 1)
         strange = _is_strange(self.noise, rng)
         if strange:
             ids = self.noise.make(rng, ids)
@@ -360,11 +248,11 @@ class TaskSource:
         """One episode in exactly `length` tokens, of which several questions may take up a share."""
         items = self._that_fit(rng, length, np.sort(rng.uniform(0, 1, wanted)), share)
         if items is None:
-            return [Part(_haystack(self.texts).cut(rng, length)[0])]
+            return [Part(haystack(self.texts).cut(rng, length)[0])]
         room = length - items.tokens
         tail = min(int(rng.integers(self.reach // 2 + 1)), room // 4) if last else 0
         places = items.places(rng, room - tail, self.reach)
-        hay, starts = _haystack(self.texts).cut(rng, room)
+        hay, starts = haystack(self.texts).cut(rng, room)
         if strange:
             hay = self.noise.make(rng, hay)
         parts = [Part(items.opening)]
@@ -392,7 +280,7 @@ class TaskSource:
                 f"{length} tokens are too few to ask about {self.name}: choose longer --probe-lengths."
             )
         room = length - 1 - items.tokens_read
-        hay, starts = _haystack(self.texts).cut(rng, room)
+        hay, starts = haystack(self.texts).cut(rng, room)
         parts: list[Any] = [[self.bos_id], items.opening]
         done = 0
         for fact, depth in zip(items.facts, items.depths, strict=True):
@@ -477,11 +365,6 @@ def _at_sentence(starts: np.ndarray, place: int, low: int) -> int:
 
 def _joined(parts: Sequence[Any]) -> np.ndarray:
     return np.concatenate([np.asarray(part, np.int32) for part in parts])
-
-
-@functools.lru_cache(maxsize=4)
-def _haystack(texts: tuple[Text, ...]) -> Haystack:
-    return Haystack(texts)
 
 
 @functools.lru_cache(maxsize=16)

@@ -18,9 +18,10 @@ from gemma_jax.model.memory import make_rule, write_segments
 SEGMENTS, LENGTH = 12, 8
 
 
-def written(scores, count, dtype="float32"):
+def written(scores, count, dtype="float32", neighbours=4):
     """Memory after tokens with these scores [T]; each token's key and value say which it was."""
     config = tiny_config(rule="slots", slots=count, num_kv_heads=1, dtype=dtype)
+    config = config.with_memory(neighbours=neighbours)
     rule = make_rule(config)
     number = jnp.arange(len(scores), dtype=jnp.float32).reshape(-1, 1, LENGTH, 1, 1)
     tokens = {
@@ -32,11 +33,12 @@ def written(scores, count, dtype="float32"):
     return jax.tree.map(lambda x: x[0, 0], write_segments(rule, rule.init(1), tokens, present)[0])
 
 
-def test_the_highest_scores_stay_in_the_order_of_the_text():
+@pytest.mark.parametrize("neighbours", [0, 1, 4, 2 * LENGTH])
+def test_the_highest_scores_stay_in_the_order_of_the_text(neighbours):
     scores = np.random.default_rng(0).normal(size=SEGMENTS * LENGTH)
-    memory = written(scores, 30)
+    memory = written(scores, 30, neighbours=neighbours)
     around = [
-        segment[max(t - slots.NEIGHBOURS, 0) : t + slots.NEIGHBOURS + 1].max()
+        segment[max(t - neighbours, 0) : t + neighbours + 1].max()
         for segment in scores.reshape(SEGMENTS, LENGTH)
         for t in range(LENGTH)
     ]

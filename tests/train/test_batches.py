@@ -14,6 +14,7 @@ from gemma_jax.errors import InputError, UsageError
 from gemma_jax.text import batch_encoder, control_tokens, load_tokenizer
 from gemma_jax.train import command, corpus, sources
 from gemma_jax.train.data import FRESH, Feeder, Mixture, choose_length, make_batch
+from gemma_jax.train.noise import LONGEST_MARK, MOST_MARKS, Noise, print_list
 from gemma_jax.train.plan import Ramp
 from gemma_jax.train.tokenizer import SMALLEST, learn_tokenizer, save_tokenizer
 
@@ -348,7 +349,7 @@ def test_strange_haystacks_are_full_of_numbers_as_the_tokenizer_reads_them(home,
         LANGUAGE,
         Ramp(1, 1, (4096, 4096)),
         256,
-        noise=sources.Noise(1.0, batch_encoder(found)),
+        noise=Noise(1.0, batch_encoder(found)),
     )
     rows = [source.row(np.random.default_rng(seed), 4096).ids for seed in range(8)]
     control = set(control_tokens(found).values())
@@ -362,7 +363,7 @@ def test_strange_haystacks_are_full_of_numbers_as_the_tokenizer_reads_them(home,
 
 
 def test_strange_marks_stand_again_and_again_in_a_text(tokenizer):
-    noise = sources.Noise(1.0, batch_encoder(tokenizer))
+    noise = Noise(1.0, batch_encoder(tokenizer))
     hay = np.full(4096, 1_000_000, np.int32)
     made = [noise._marked(np.random.default_rng(seed), hay) for seed in range(40)]
     strange = [ids[ids != hay] for ids in made]
@@ -372,7 +373,7 @@ def test_strange_marks_stand_again_and_again_in_a_text(tokenizer):
         np.concatenate(batch_encoder(tokenizer)([f" {number}" for number in range(2000)]))
     )
     others = [[token for token in ids if token not in counted] for ids in marked]
-    most = sources.MOST_MARKS * sources.LONGEST_MARK
+    most = MOST_MARKS * LONGEST_MARK
     assert all(len(np.unique(ids)) <= most for ids in others)
     assert all(len(np.unique(ids)) < len(ids) / 3 for ids in others if len(ids) > 300)
     shares = [1 - len(other) / len(ids) for ids, other in zip(marked, others, strict=True)]
@@ -381,7 +382,7 @@ def test_strange_marks_stand_again_and_again_in_a_text(tokenizer):
 
 def test_strange_lists_count_or_do_not():
     rng = random.Random(0)
-    lists = [sources._list(rng) for _ in range(300)]
+    lists = [print_list(rng) for _ in range(300)]
     assert len(set(lists)) == 300
     numbers = [[int(number) for number in re.findall(r"\b\d+\b", text)] for text in lists]
     steps = [set(np.diff(found)) for found in numbers if len(found) > 8]
@@ -393,7 +394,7 @@ def test_strange_lists_count_or_do_not():
 
 def test_strange_texts_are_not_to_be_predicted(tokenizer, tmp_path):
     text = save_text(tmp_path / "hay", np.full(5000, 1_000_000))
-    noise = sources.Noise(0.5, batch_encoder(tokenizer))
+    noise = Noise(0.5, batch_encoder(tokenizer))
     source = sources.TextSource((text,), BOS, LANGUAGE, noise)
     rows = [source.row(np.random.default_rng(seed), 1024) for seed in range(40)]
     whole = [row for row in rows if row.weights.any()]
@@ -418,7 +419,7 @@ def test_some_facts_are_worded_as_no_form_has_them(make_task, tokenizer):
 
 def test_other_texts_are_as_strange(make_task, tokenizer, tmp_path):
     other = save_text(tmp_path / "other", np.full(5000, 1_000_001))
-    noise = sources.Noise(1.0, batch_encoder(tokenizer), (other,))
+    noise = Noise(1.0, batch_encoder(tokenizer), (other,))
     source = dataclasses.replace(make_task(), noise=noise)
     rows = [source.row(np.random.default_rng(seed), 1024) for seed in range(30)]
     hidden_in_it = [np.mean(row.ids == 1_000_001) > 0.5 for row in rows]
