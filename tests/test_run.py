@@ -118,7 +118,10 @@ def test_the_answer_alone_is_on_standard_output_and_the_rest_on_standard_error(s
     assert result.out.endswith("\n") and len(result.out) > 1
     assert "random-tiny-gemma" in result.err
     assert "does not grow" in result.err
-    assert re.search(r"read (\d+) of \1 tokens", result.err)
+    assert re.search(r"loaded in \d+\.\d s", result.err)
+    assert re.search(
+        r"read (\d+) of \1 tokens.*, wrote 8.*, the first after \d+\.\d\d s", result.err
+    )
     again = finish(start("--prompt", "-", "--max-new-tokens", 8, "--json", "--quiet"), PROMPT)
     assert json.loads(again.out)["text"] + "\n" == result.out
     assert again.err == ""
