@@ -85,6 +85,7 @@ def load_tokenizer(directory: str | Path) -> Any:
     vocabulary, control = tokenizer.get_vocab(), control_tokens(tokenizer)
     if missed := [mark for mark in _TURN_MARKS if mark in vocabulary and mark not in control]:
         tokenizer.add_tokens(missed, special_tokens=True)
+    _encoder(tokenizer)  # looking through a large vocabulary takes a while: not when a user waits
     return tokenizer
 
 

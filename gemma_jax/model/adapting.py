@@ -65,6 +65,20 @@ def updated(matrix: Array, update: dict[str, Array]) -> Array:
     return (matrix.astype(jnp.float32) + change).astype(matrix.dtype)
 
 
+def scaled(trained: Params, factor: float) -> Params:
+    """What was trained, its low-rank updates times a factor: a point on the line between a model as it
+    was and as it was tuned (Wortsman et al. 2022, equation 1).
+    """
+    return {
+        name: {**part, "b": part["b"] * factor}
+        if name.endswith(UPDATE)
+        else scaled(part, factor)
+        if isinstance(part, dict)
+        else part
+        for name, part in trained.items()
+    }
+
+
 def without_memory(params: Params) -> Params:
     """A model without its memory rule's parameters."""
     return _part(params)[1]

@@ -80,6 +80,8 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("There is no place for what is learnt: give --output DIR.")
     if (options.steps is None) == (options.minutes is None):
         raise UsageError("The budget is --steps N or --minutes M: give one of them.")
+    if options.update_scale != 1.0 and options.train != "lora":
+        raise UsageError("--update-scale is of low-rank updates: give it with --train lora.")
     if not options.data:
         raise UsageError("There is nothing to learn from: give --data, e.g. text:book.txt.")
     scratch = not options.model
@@ -392,6 +394,7 @@ def write(
     options: argparse.Namespace, output: Path, config: GemmaConfig, run: Any, what: str, home: Path
 ) -> None:
     """Writes the checkpoint or the adapter."""
+    from gemma_jax.model.adapting import scaled
     from gemma_jax.train import result
 
     progress = run.progress
@@ -404,8 +407,9 @@ def write(
     if what == "all":
         result.write_model(output, config, progress.trained, home, training)
     else:
+        trained = scaled(progress.trained, options.update_scale)
         result.write_adapter(
-            output, config, progress.trained, run.frozen, what, training, options.adapter_dtype
+            output, config, trained, run.frozen, what, training, options.adapter_dtype
         )
 
 

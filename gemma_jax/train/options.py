@@ -188,6 +188,14 @@ def make_parser() -> ArgumentParser:
     add(group, "--rank", 8, metavar="R", type=whole(1), help="of the low-rank updates")
     add(
         group,
+        "--update-scale",
+        1.0,
+        metavar="F",
+        type=positive,
+        help="low-rank updates are written times this: below 1 more of the model stays as it was",
+    )
+    add(
+        group,
         "--memory",
         metavar="RULE",
         help="the memory rule (default: recorded, or selective_delta)",

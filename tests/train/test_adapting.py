@@ -87,6 +87,24 @@ def test_an_update_is_added_to_its_matrix(params):
     assert update["a"].shape[0] == 3 and float(jnp.abs(update["a"]).max()) > 0
 
 
+def test_a_scaled_update_is_between_the_model_as_it_was_and_as_it_was_tuned(params):
+    """What else was trained stays; nothing given is changed."""
+    trained, frozen = adapting.split(params, "lora", rank=2, key=jax.random.key(0))
+    update = trained["layers_0"]["attention"]["qkv_lora"]
+    update["b"] = jax.random.normal(jax.random.key(1), update["b"].shape)
+    tuned, half = (adapting.join(frozen, adapting.scaled(trained, f)) for f in (1.0, 0.5))
+    before, middle, after = (
+        np.float64(p["layers_0"]["attention"]["qkv"]) for p in (params, half, tuned)
+    )
+    assert np.abs(after - before).max() > 0.1
+    np.testing.assert_allclose(middle, (before + after) / 2, rtol=1e-5, atol=1e-6)
+    for one, other in ((half, params), (adapting.join(frozen, trained), tuned)):
+        np.testing.assert_array_equal(
+            one["layers_0"]["attention"]["memory"]["gate"],
+            other["layers_0"]["attention"]["memory"]["gate"],
+        )
+
+
 def test_updates_differ_from_matrix_to_matrix(params):
     trained, _ = adapting.split(params, "lora", rank=2, key=jax.random.key(0))
     layer = trained["layers_0"]

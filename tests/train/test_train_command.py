@@ -77,7 +77,8 @@ def test_the_log_tells_every_measure_by_layer(taught):
 
 @pytest.mark.parametrize("what", ["memory", "lora"])
 def test_only_what_is_asked_for_is_trained(command, taught, home, tmp_path, what):
-    given = ["--model", taught, "--train", what, "--rank", 2, "--data", "task:digits"]
+    given = ["--model", taught, "--train", what, "--data", "task:digits"]
+    given += ["--rank", 2, "--update-scale", 0.5] if what == "lora" else []
     shape = ["--filler", home / "other.txt", "--segments", 4, "--tokens-per-step", 256]
     # Large enough to be seen: the base model already knows the task.
     rates = ["--steps", 3, "--learning-rate", 0.01, "--language-weight", 1, "--warmup", 0]
@@ -242,6 +243,7 @@ def test_numbers_that_are_not_finite_end_the_run(command, scratch, tmp_path):
         (["--data", "task:nothing"], 2, "no task called"),
         (["--data", "text:missing.txt"], 3, "missing.txt does not exist"),
         (["--train", "lora"], 2, "needs a model"),
+        (["--update-scale", "0.5"], 2, "give it with --train lora"),
         (["--filler", "missing.txt"], 3, "missing.txt does not exist"),
         (["--segments", "8:4"], 2, "out of order"),
         (["--tokens-per-step", "8"], 2, "--tokens-per-step is 8"),
@@ -308,6 +310,10 @@ def test_recipes_that_come_with_the_package_are_known_by_name(tmp_path, monkeypa
     second = options.parse(["--recipe", "demo_slots"])
     assert {what for _, what, _ in second.data} < {what for _, what, _ in found.data}
     assert (second.train, second.memory, second.slots) == ("all", "slots", 512)
+    stories = options.parse(["--recipe", "demo_stories"])
+    assert (stories.slots, stories.more_questions, stories.packed) == (1024, 5, (0.8, 0.02))
+    adapter = options.parse(["--recipe", "adapter"])
+    assert (adapter.train, adapter.rank, adapter.update_scale) == ("lora", 16, 0.7)
     Path("demo").write_text("steps = 7\n")
     assert options.parse(["--recipe", "demo"]).steps == 7  # a file of one's own goes first
 
@@ -351,7 +357,7 @@ def test_the_recipe_of_adapters_gives_a_model_another_memory(command, taught, ho
     done = command(*given, *small, *data, "--write-loss", 0)
     assert done.code == 0, done.err
     adapter = adapters.read(tmp_path / "one")
-    assert (adapter.memory.rule, adapter.memory.slots, adapter.trained) == ("slots", 1024, "memory")
+    assert (adapter.memory.rule, adapter.memory.slots, adapter.trained) == ("slots", 1024, "lora")
 
 
 @pytest.mark.parametrize(
