@@ -19,6 +19,7 @@ NOT_RUN = {
     "-m gemma_jax.demo": "takes a minute: tests/demo runs it",
     "-m benchmarks.ablation ": "trains many models: tests/benchmark/test_ablation.py trains few",
     "-m benchmarks.ask_again": "reads a million tokens: tests/benchmark/test_ask_again.py reads few",
+    "-m benchmarks.resident_memory": "watches for minutes: tests/benchmark watches for seconds",
     " --peer ": "needs torch",
     " --verify": "needs torch",
 }

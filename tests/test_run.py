@@ -127,6 +127,17 @@ def test_the_answer_alone_is_on_standard_output_and_the_rest_on_standard_error(s
     assert again.err == ""
 
 
+def test_a_failure_while_programs_are_compiled_ends_the_process(start, tmp_path):
+    """With the error's own exit code, and without a word of the threads."""
+    memory = tmp_path / "one.mem"
+    assert finish(start("--prompt", PROMPT, "--save-memory", memory)).code == 0
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    changed = ("--segment-length", 7, "--memory", "selective_delta")
+    result = finish(start("--load-memory", memory, *changed, "--prompt", "x", env=environment))
+    assert (result.code, result.out) == (2, "")
+    assert "was read by another model" in result.err.splitlines()[-1]
+
+
 def test_a_closed_output_pipe_ends_quietly(start):
     process = start("--prompt", PROMPT, "--max-new-tokens", 100_000, "--quiet", "--temperature", 1)
     assert process.stdout.read(3)

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -195,8 +196,11 @@ def run_command(command: Callable[[], None], *, debug: bool = False) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process; after a failure at once, as threads may be deep in compiled code."""
-    if code:
+    """Ends the process; where it was interrupted, or a thread of ours is still at work, at once: it may be
+    deep in compiled code.
+    """
+    busy = any(thread.name.startswith("gemma_jax") for thread in threading.enumerate())
+    if code == INTERRUPTED or busy:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, AttributeError):
                 stream.flush()
