@@ -2,14 +2,16 @@
 
 import argparse
 import contextlib
+import gc
 import logging
 import math
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from gemma_jax.errors import GemmaError, InputError, OutOfMemoryError
@@ -17,6 +19,7 @@ from gemma_jax.inference.progress import Progress
 
 PLAIN_INTERVAL_SECONDS = 10.0  # between progress lines where standard error is not a terminal
 INTERRUPTED = 130
+AGAIN_SECONDS = 0.01  # until an interruption is sent again
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -177,7 +180,8 @@ def run_command(command: Callable[[], None], *, debug: bool = False) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of the answer
     try:
-        command()
+        with interruptible():
+            command()
         sys.stdout.flush()
         return 0
     except BrokenPipeError:
@@ -193,6 +197,32 @@ def run_command(command: Callable[[], None], *, debug: bool = False) -> int:
         known = as_gemma_error(error)
         print(f"error: {known}", file=sys.stderr)
         return known.exit_code
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Loses no Ctrl-C: what is raised in a callback of the garbage collector, of which JAX has one, is
+    thrown away, so an interruption that comes in there is sent again.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+        while frame is not None:
+            if frame.f_code in callbacks:
+                threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), number)).start()
+                return
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    alone = threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def leave(code: int) -> NoReturn:
