@@ -3,6 +3,7 @@
 GEMMA_JAX_REAL_MODEL=path/to/gemma-3-270m python -m pytest tests/test_real_weights.py
 """
 
+import csv
 import os
 from pathlib import Path
 
@@ -16,10 +17,12 @@ torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 
 import gemma_jax  # noqa: E402
+from gemma_jax.checkpoint import adapter as adapters  # noqa: E402
 from gemma_jax.checkpoint.convert import convert  # noqa: E402
 from gemma_jax.checkpoint.verify import PROMPT  # noqa: E402
 from gemma_jax.text import encode  # noqa: E402
 
+ADAPTER = Path(gemma_jax.__file__).parent / "adapters" / "gemma-3-270m"
 PAGE = Path(__file__).parents[1] / "docs" / "memory_rules.md"
 NEW_TOKENS = 32
 PROMPTS = [
@@ -65,3 +68,33 @@ def test_greedy_continuation_is_the_references(model, reference, text, length):
     reading = reader.read(model, [ids])
     found = reader.write(model, reading, max_new_tokens=NEW_TOKENS, sampling=Greedy())
     assert list(found) == expected
+
+
+def test_the_adapter_recalls_what_local_attention_has_lost(model, tmp_path):
+    from gemma_jax.evaluate.command import main
+
+    if adapters.params_hash(model.params) != adapters.read(ADAPTER).base_hash:
+        pytest.skip("the adapter is of other weights of this model")
+    given = [
+        "--model",
+        str(model.path),
+        "--adapter",
+        str(ADAPTER),
+        "--output",
+        str(tmp_path / "grid"),
+    ]
+    asked = [
+        "--task",
+        "passkey",
+        "--lengths",
+        "6K",
+        "--depths",
+        "20",
+        "--trials",
+        "2",
+        "--baseline",
+    ]
+    assert main([*given, *asked, "--filler", "books", "--shared", "never", "--quiet"]) == 0
+    with open(tmp_path / "grid" / "trials.csv", newline="") as file:
+        right = [(row["setting"], row["correct"]) for row in csv.DictReader(file)]
+    assert sorted(right) == [("off", "False")] * 2 + [("ours", "True")] * 2
