@@ -1,4 +1,4 @@
-"""Adapters that come with the project: whole, small, and with the notice that their base model's terms ask for."""
+"""Adapters that come with the project: whole, small, and with the notice that terms ask for."""
 
 from pathlib import Path
 
