@@ -142,12 +142,11 @@ def one_fact(cast: Cast, length: int, rng: random.Random) -> Story | None:
     """QA1: where is a person?"""
     events = _events(cast, (), length, rng)
     last = {event.person: index for index, event in enumerate(events)}
-    people = sorted(last)
     askable = [
         Asked(f"Where is {person}?", f"{person} is in the", events[at].thing, (at,))
         for person, at in sorted(last.items())
     ]
-    return _told(events, askable, people.index(rng.choice(people)), rng)
+    return _told(events, askable, rng.choice(range(len(askable))), rng)
 
 
 def two_facts(cast: Cast, length: int, rng: random.Random) -> Story | None:
@@ -156,17 +155,16 @@ def two_facts(cast: Cast, length: int, rng: random.Random) -> Story | None:
     known = {thing: stays[-1] for thing in cast.objects if (stays := trail(events, thing))}
     if not known:
         return None
-    things = sorted(known)
     askable = [
         Asked(
             f"Where is the {thing}?",
             f"The {thing} is in the",
-            known[thing].room,
-            tuple(sorted(known[thing].because)),
+            stay.room,
+            tuple(sorted(stay.because)),
         )
-        for thing in things
+        for thing, stay in sorted(known.items())
     ]
-    return _told(events, askable, things.index(rng.choice(things)), rng)
+    return _told(events, askable, rng.choice(range(len(askable))), rng)
 
 
 def three_facts(cast: Cast, length: int, rng: random.Random) -> Story | None:

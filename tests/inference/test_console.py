@@ -45,3 +45,14 @@ def test_handlers_are_as_before_when_a_command_is_over():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=50)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_process_does_not_wait_for_a_thread_of_ours():
+    """What is printed is out by then."""
+    program = (
+        "import threading, time\nfrom gemma_jax.inference.console import leave\n"
+        "threading.Thread(target=time.sleep, args=(60,), name='gemma_jax compiler').start()\n"
+        "print('said')\nleave(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"said\n", b"")
