@@ -24,6 +24,7 @@ from gemma_jax.inference.sampling import Greedy
 from gemma_jax.inference.writing import default_block_tokens
 from gemma_jax.model.state import State, init_state
 
+WIDTH, MOST_MORE = 2048, 4  # of a model that keeps a GPU busy; times as many tokens for smaller ones
 OnTokens = Callable[[int], None]
 
 
@@ -154,9 +155,15 @@ class Reader:
 
 
 def chunk_tokens(config: GemmaConfig, rows: int) -> int:
-    """Tokens of each row read at once, so that a batch takes about the memory of a single row."""
+    """Tokens of each row read at once, so that a batch takes about the memory of a single row.
+
+    Rows of small models have more, for a GPU is not busy with few of their tokens.
+    """
     alone, length = default_chunk_tokens(config), config.memory.segment_length
-    return alone if alone < length else max(alone // rows // length, 1) * length
+    if alone < length:
+        return alone
+    more = min(max(WIDTH // config.width, 1), MOST_MORE) if jax.default_backend() == "gpu" else 1
+    return min(max(more * alone // rows // length, 1), alone // length) * length
 
 
 def side_by_side(

@@ -23,8 +23,6 @@ from gemma_jax.model.delta import EPS, delta_map, einsum, l2_normalize
 from gemma_jax.model.rule import Features, Memory, MemoryRule, Parameter, Params
 from gemma_jax.model.slots import Slots
 
-UNROLL = 8  # segments
-
 
 def elu_plus_one(x: Array) -> Array:
     """Positive features of linear attention (Katharopoulos et al. 2020, equation 7)."""
@@ -281,22 +279,8 @@ def write_segments(
     length = segments["key"].shape[2]
     mask = jnp.broadcast_to(present[..., None], (*present.shape, length))
 
-    def step(memory: Memory, segment: tuple[Features, Array]) -> tuple[Memory, Memory]:
-        features, mask = segment
-        written = rule.write(memory, features, mask)
-
-        def keep(new: Array, old: Array) -> Array:
-            there = mask[:, 0].reshape(-1, *[1] * (new.ndim - 1))
-            return jnp.where(there, new, old).astype(old.dtype)
-
-        return jax.tree.map(keep, written, memory), memory
-
     with jax.default_matmul_precision("highest"):
-        prepared = jax.vmap(rule.prepare)(segments, mask)
-        # A GPU's host starts each round of a loop anew, so some of these small steps are written out;
-        # all of a long sequence, in all layers, would take minutes to compile.
-        unroll = min(len(mask), UNROLL) if jax.default_backend() == "gpu" else 1
-        return jax.lax.scan(step, memory, (prepared, mask), unroll=unroll)
+        return rule.write_all(memory, jax.vmap(rule.prepare)(segments, mask), mask)
 
 
 def inspect(params: Any, state: Any, *, config: GemmaConfig) -> dict[int, dict[str, Array]]:

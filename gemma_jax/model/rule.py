@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -19,6 +20,8 @@ from gemma_jax.config import GemmaConfig
 Memory = dict[str, Array]
 Features = dict[str, Array]
 Params = dict[str, Array]
+
+UNROLL = 8  # segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,32 @@ class MemoryRule:
         Tokens outside `mask` must leave no trace.
         """
         return memory
+
+    def write_all(
+        self, memory: Memory, segments: Features, mask: Bool[Array, "N B S"]
+    ) -> tuple[Memory, Memory]:
+        """Writes segments, of which `prepare` gave [N, ...]: by default one after the other.
+
+        Rows that are not in a segment's `mask` keep their memory exactly.
+
+        Returns:
+            The memory after all of them, and as it was before each: arrays [N, B, ...].
+        """
+
+        def step(memory: Memory, segment: tuple[Features, Array]) -> tuple[Memory, Memory]:
+            features, mask = segment
+            written = self.write(memory, features, mask)
+
+            def keep(new: Array, old: Array) -> Array:
+                there = mask[:, 0].reshape(-1, *[1] * (new.ndim - 1))
+                return jnp.where(there, new, old).astype(old.dtype)
+
+            return jax.tree.map(keep, written, memory), memory
+
+        # A GPU's host starts each round of a loop anew, so some of these small steps are written out;
+        # all of a long sequence, in all layers, would take minutes to compile.
+        unroll = min(len(mask), UNROLL) if jax.default_backend() == "gpu" else 1
+        return jax.lax.scan(step, memory, (segments, mask), unroll=unroll)
 
     def write_loss(
         self, features: Features, wanted: Float[Array, "B T"]

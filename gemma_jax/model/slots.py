@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gemma_jax.model import kernels
 from gemma_jax.model.delta import EPS, einsum
 from gemma_jax.model.rope import rope_rows, rotate
-from gemma_jax.model.rule import Memory, MemoryRule, Parameter
+from gemma_jax.model.rule import UNROLL, Memory, MemoryRule, Parameter
 
-MOST_COMPARED = 4096  # tokens that are ranked by comparing all with all
+KEPT = ("key", "value", "score")  # of each token
+MOST_COMPARED = 16_384  # tokens that are ranked by comparing all with all
 EMPTY = -1e4  # score of a slot that holds nothing; exp of it is 0, so it is not seen at all
 HIDDEN = 64  # units of the network that scores tokens
 DISTANCE = 64  # positions from the newest slot to every query
@@ -74,18 +76,38 @@ class Slots(MemoryRule):
         rows = functools.partial(rope_rows, config.global_rope, config.head_dim, count + DISTANCE)
         key = rotate(jnp.moveaxis(memory["key"], 1, 2), *rows(0, count))
         asked = rotate(q, *rows(count + DISTANCE - 1, count + DISTANCE))
-        asked = asked.reshape(*q.shape[:2], config.num_kv_heads, -1, config.head_dim)
-        logit = _product("BTKGC,BNKC->BTKGN", asked, key) * config.query_scale
+        bias = jax.nn.log_sigmoid(memory["score"])
+        local = einsum("BTHC,HC->BTH", q.astype(jnp.float32), p["local_kernel"]) + p["local_bias"]
+        given = asked, jnp.moveaxis(key, 1, 2), memory["value"], bias, local, attended, p["gate"]
+        return (self._attend_by_kernel if self._kernel_takes(q) else self._attend)(*given)
+
+    def _attend(self, q, key, value, bias, local, attended, gate):
+        config = self.config
+        q = q.reshape(*q.shape[:2], config.num_kv_heads, -1, config.head_dim)
+        logit = _product("BTKGC,BKNC->BTKGN", q, key) * config.query_scale
         if config.attention_softcap is not None:
             logit = config.attention_softcap * jnp.tanh(logit / config.attention_softcap)
-        logit += jax.nn.log_sigmoid(memory["score"])[:, None, :, None]
-        local = einsum("BTHC,HC->BTH", q.astype(jnp.float32), p["local_kernel"]) + p["local_bias"]
-        local = local.reshape(*logit.shape[:-1], 1)
-        weight = jax.nn.softmax(jnp.concatenate([logit, local], axis=-1), axis=-1)[..., :-1]
+        logit += bias[:, None, :, None]
+        logit = jnp.concatenate([logit, local.reshape(*logit.shape[:-1], 1)], axis=-1)
+        weight = jax.nn.softmax(logit, axis=-1)[..., :-1]
         share = weight.sum(axis=-1).reshape(*attended.shape[:-1], 1)
-        found = _product("BTKGN,BKNC->BTKGC", weight.astype(attended.dtype), memory["value"])
+        found = _product("BTKGN,BKNC->BTKGC", weight.astype(attended.dtype), value)
         change = found.reshape(attended.shape) - share * attended
-        return (attended + p["gate"][:, None] * change).astype(attended.dtype)
+        return (attended + gate[:, None] * change).astype(attended.dtype)
+
+    def _kernel_takes(self, q: Array) -> bool:
+        config = self.config
+        if q.dtype != jnp.bfloat16 or config.attention_softcap is not None or not kernels.wanted():
+            return False
+        from gemma_jax.model.kernels import slots as kernel
+
+        group = config.num_heads // config.num_kv_heads
+        return kernel.takes(q.shape[1], group, config.head_dim, config.memory.slots)
+
+    def _attend_by_kernel(self, *given):
+        from gemma_jax.model.kernels import slots as kernel
+
+        return kernel.attend(*given, scale=self.config.query_scale)
 
     def prepare(self, features, mask):
         # What is masked has less than an empty slot, and there are always enough of these.
@@ -96,7 +118,7 @@ class Slots(MemoryRule):
         return by_head | {"written": jax.nn.sigmoid(score).sum(axis=1)}
 
     def write(self, memory, features, mask):
-        tokens = {name: memory[name] for name in ("key", "value", "score")}
+        tokens = {name: memory[name] for name in KEPT}
         new = {name: features[name].astype(x.dtype) for name, x in tokens.items()}
         if len(mask) == 1:  # of a long text alone, most segments change nothing
             changes = ~jnp.all(new["score"].max(axis=2) < memory["score"].min(axis=2))
@@ -107,6 +129,29 @@ class Slots(MemoryRule):
             "written": memory["written"] + features["written"],
             "offered": memory["offered"] + mask.sum(axis=1, dtype=jnp.float32)[:, None],
         }
+
+    def write_all(self, memory, segments, mask):
+        number, _, length = mask.shape
+        count = self.config.memory.slots
+        if not compares_all(count + number * length):
+            return super().write_all(memory, segments, mask)
+
+        def pooled(old: Array, new: Array) -> Array:
+            """Those in the slots and all new ones, [B, K, M, ...]."""
+            new = jnp.moveaxis(new, 0, 2).astype(old.dtype)
+            return jnp.concatenate([old, new.reshape(*old.shape[:2], -1, *old.shape[3:])], axis=2)
+
+        pool = {name: pooled(memory[name], segments[name]) for name in KEPT}
+        place = _places(pool["score"], count, length)
+        chosen = _chosen(place, count)
+        before = {name: _choose(x, chosen[:-1], place[:-1]) for name, x in pool.items()}
+        after = {name: _choose(x, chosen[-1:], place[-1:])[0] for name, x in pool.items()}
+        offered = mask.sum(axis=2, dtype=jnp.float32)[..., None]
+        for name, new in (("written", segments["written"]), ("offered", offered)):
+            sums = memory[name] + jnp.cumsum(new, axis=0)
+            before[name] = jnp.concatenate([memory[name][None], sums[:-1]])
+            after[name] = sums[-1]
+        return after, before
 
     def _of_neighbours(self, score: Float[Array, "B S K"]) -> Float[Array, "B S K"]:
         """The highest score of each token and its neighbours."""
@@ -122,70 +167,103 @@ class Slots(MemoryRule):
         return {"read": p["gate"]}
 
 
+def compares_all(tokens: int) -> bool:
+    """Whether all segments' tokens are compared with each other at once, not sorted one by one.
+
+    For GPUs, whose threads are many.
+    """
+    return tokens <= MOST_COMPARED and jax.default_backend() == "gpu"
+
+
+def _places(
+    score: Float[Array, "B K M"], count: int, length: int
+) -> Int[Array, "segments+1 B K M"]:
+    """Where each token stands in the slots before any segment and after each; -1: it is not there.
+
+    Args:
+        score: of `count` tokens in the slots, and of those of segments of `length` tokens.
+    """
+    more = -count % length  # tokens that are behind all others, so that all blocks are equally long
+    score = jnp.pad(
+        jax.lax.stop_gradient(score), ((0, 0), (0, 0), (more, 0)), constant_values=-jnp.inf
+    )
+    number = jnp.arange(score.shape[-1], dtype=jnp.int32)
+    blocks = jnp.moveaxis(score.reshape(*score.shape[:2], -1, 1, length), 2, 0)
+    numbers = number.reshape(-1, 1, 1, 1, length)
+    own = score[..., None]
+    ahead = (blocks > own) | ((blocks == own) & (numbers > number[:, None]))
+    ahead = jnp.cumsum(ahead.sum(axis=-1, dtype=jnp.int32), axis=0)
+    first = (count + more) // length  # blocks of tokens that were in the slots
+    read = length * jnp.arange(first, len(ahead) + 1)[:, None, None, None]
+    kept = (number < read) & (ahead[first - 1 :] < count)
+    return jnp.where(kept, jnp.cumsum(kept, axis=-1, dtype=jnp.int32) - 1, -1)[..., more:]
+
+
+def _chosen(place: Int[Array, "N B K M"], count: int) -> Int[Array, "N B K count"]:
+    """Which token stands in each slot, of `count` tokens that have a place."""
+    number = jnp.arange(place.shape[-1], dtype=place.dtype)
+    nowhere = count + number  # each its own, as no two indices may be equal
+    at = jnp.where(place < 0, nowhere, place)
+    rows = jnp.indices(place.shape[:-1])[..., None]
+    chosen = jnp.zeros((*place.shape[:-1], count), place.dtype)
+    number = jnp.broadcast_to(number, place.shape)
+    return chosen.at[*rows, at].set(number, mode="drop", unique_indices=True)
+
+
 def _best_of(tokens: Memory, new: Memory) -> Memory:
     """Of those in the slots and new ones, as many as there are slots."""
     joined = {name: jnp.concatenate([x, new[name]], axis=2) for name, x in tokens.items()}
     best = _highest(joined["score"], tokens["score"].shape[2])
-    place = _places(best, joined["score"].shape[2])
-    return {name: _choose(x, best, place) for name, x in joined.items()}
+    place = _places_of(best, joined["score"].shape[2])
+    return {name: _choose(x, best[None], place[None])[0] for name, x in joined.items()}
 
 
 def _highest(score: Float[Array, "B K M"], count: int) -> Int[Array, "B K count"]:
     """Where the highest scores are, from left to right; of equal ones, the last."""
-    score = jax.lax.stop_gradient(score)
-    many = score.shape[-1] > MOST_COMPARED or jax.default_backend() != "gpu"
-    return (_by_sorting if many else _by_ranks)(score, count)
-
-
-def _by_ranks(score: Array, count: int) -> Array:
-    """Compares all with all, where that is faster than sorting: on a GPU, whose threads are many."""
-    number = jnp.arange(score.shape[-1], dtype=jnp.int32)
-    earlier = number < number[:, None]
-    own, others = score[..., None], score[..., None, :]
-    ahead = (others > own) | ((others == own) & (number > number[:, None]))
-    chosen = ahead.sum(axis=-1, dtype=jnp.int32) < count
-    place = jnp.sum(chosen[..., None, :] & earlier, axis=-1, dtype=jnp.int32)
-    here = chosen[..., None, :] & (place[..., None, :] == number[:count, None])
-    return jnp.sum(jnp.where(here, number, 0), axis=-1)
-
-
-def _by_sorting(score: Array, count: int) -> Array:
     last = score.shape[-1] - 1
-    found = jax.lax.top_k(score[..., ::-1], count)[1]
+    found = jax.lax.top_k(jax.lax.stop_gradient(score)[..., ::-1], count)[1]
     return jnp.sort(last - found, axis=-1)
 
 
-def _places(best: Int[Array, "B K N"], length: int) -> Int[Array, "B K length"]:
+def _places_of(best: Int[Array, "B K N"], length: int) -> Int[Array, "B K length"]:
     """For each of `length` candidates where it stands among the chosen ones; -1: it was not chosen."""
-    rows, heads = jnp.indices(best.shape[:2])[..., None]
+    rows = jnp.indices(best.shape[:2])[..., None]
     numbers = jnp.arange(best.shape[-1], dtype=best.dtype)
     places = jnp.full((*best.shape[:2], length), -1, best.dtype)
-    return places.at[rows, heads, best].set(numbers, unique_indices=True)
+    return places.at[*rows, best].set(numbers, unique_indices=True)
 
 
 @jax.custom_vjp
 def _choose(
-    x: Float[Array, "B K M *c"], best: Int[Array, "B K N"], place: Int[Array, "B K M"]
-) -> Float[Array, "B K N *c"]:
-    """The rows `best` of `x`. None is chosen twice, so its gradient is looked up, not summed."""
-    return jnp.take_along_axis(x, _as_rows(best, x), axis=2)
+    x: Float[Array, "B K M *c"], chosen: Int[Array, "N B K count"], place: Int[Array, "N B K M"]
+) -> Float[Array, "N B K count *c"]:
+    """The rows `chosen` of `x`. None is chosen twice at once, so its gradient is looked up."""
+    return jnp.take_along_axis(x[None], _as_rows(chosen, x), axis=3)
 
 
-def _choose_forward(x: Array, best: Array, place: Array) -> tuple[Array, Array]:
-    return _choose(x, best, place), place
+def _choose_forward(x: Array, chosen: Array, place: Array) -> tuple[Array, Array]:
+    return _choose(x, chosen, place), place
 
 
 def _choose_backward(place: Array, slope: Array) -> tuple[Array, None, None]:
-    rows = _as_rows(place, slope)
-    found = jnp.take_along_axis(slope, jnp.maximum(rows, 0), axis=2)
-    return jnp.where(rows >= 0, found, 0), None, None
+    def add(total: Array, one: tuple[Array, Array]) -> tuple[Array, None]:
+        place, slope = one
+        rows = place.reshape(*place.shape, *[1] * (slope.ndim - place.ndim))
+        found = jnp.take_along_axis(slope, jnp.maximum(rows, 0), axis=2)
+        return total + jnp.where(rows >= 0, found, 0).astype(jnp.float32), None
+
+    shape = (*slope.shape[1:3], place.shape[-1], *slope.shape[4:])
+    start = jnp.zeros(shape, jnp.float32)
+    # Not a sum over the first axis, for which all that is found would be laid out in memory.
+    total, _ = jax.lax.scan(add, start, (place, slope), unroll=min(len(place), UNROLL))
+    return total.astype(slope.dtype), None, None
 
 
 _choose.defvjp(_choose_forward, _choose_backward)
 
 
-def _as_rows(index: Array, x: Array) -> Array:
-    return index.reshape(*index.shape, *[1] * (x.ndim - index.ndim))
+def _as_rows(index: Int[Array, "N B K J"], x: Float[Array, "B K _ *c"]) -> Array:
+    return index.reshape(*index.shape, *[1] * (x.ndim + 1 - index.ndim))
 
 
 def _product(subscripts: str, x: Array, y: Array) -> Array:

@@ -204,6 +204,13 @@ def make_parser() -> ArgumentParser:
     group.add_argument("--local-attention", choices=LOCAL_ATTENTION_FORMS)
     group.add_argument("--write-gate", choices=("hard_sigmoid", "sigmoid"))
     add(group, "--slots", metavar="N", type=whole(1), help="tokens a KV head keeps, of rule slots")
+    add(
+        group,
+        "--neighbours",
+        metavar="N",
+        type=whole(0),
+        help="on each side of a token with a high score, kept for its sake (default: recorded, or 4)",
+    )
     group.add_argument("--dtype", choices=DTYPES, help="of activations, and of what is not trained")
 
     group = parser.add_argument_group("what it learns from")

@@ -44,11 +44,12 @@ def make_model(
     """
     settings = {
         name: getattr(options, name)
-        for name in ("segment_length", "local_attention", "write_gate", "slots")
+        for name in ("segment_length", "local_attention", "write_gate", "slots", "neighbours")
     }
     settings = {name: value for name, value in settings.items() if value is not None}
-    if options.slots and options.memory in RULES and options.memory != "slots":
-        raise UsageError(f"Memory rule {options.memory} has no slots: leave out --slots.")
+    for name in ("slots", "neighbours"):
+        if name in settings and options.memory in RULES and options.memory != "slots":
+            raise UsageError(f"Memory rule {options.memory} has no slots: leave out --{name}.")
     if options.model:
         recorded = store.read_config(options.model, memory=options.memory)
         rule = options.memory or recorded.memory.rule

@@ -57,15 +57,43 @@ def test_neighbours_stay_with_a_token_that_stands_out():
     np.testing.assert_array_equal(memory["score"], [5.0] * 7 + [3.0] * 5)
 
 
-def test_comparing_all_with_all_chooses_as_sorting_does():
-    """It does so on GPUs; of equal scores, too."""
-    rng = np.random.default_rng(0)
-    for scores in (rng.normal(size=(2, 3, 40)), rng.integers(0, 5, size=(2, 3, 40))):
-        score = jnp.asarray(scores, jnp.float32)
-        for count in (1, 7, 40):
-            np.testing.assert_array_equal(
-                slots._by_ranks(score, count), slots._by_sorting(score, count)
-            )
+@pytest.mark.parametrize("kind", ["different", "equal"])
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_comparing_all_with_all_writes_as_sorting_segment_by_segment_does(monkeypatch, kind, count):
+    """GPUs do it so; also where rows have fewer segments than others."""
+    rng = np.random.default_rng(count)
+    config = tiny_config(rule="slots", slots=count, dtype="float32")
+    rule = make_rule(config.with_memory(neighbours=1))
+    shape = (SEGMENTS, 2, LENGTH, config.num_kv_heads)
+    score = rng.normal(size=shape) if kind == "different" else rng.integers(0, 5, size=shape)
+    kv = (*shape, config.head_dim)
+    segments = {"key": rng.normal(size=kv), "value": rng.normal(size=kv), "score": score}
+    segments = {name: jnp.asarray(x, jnp.float32) for name, x in segments.items()}
+    present = jnp.ones((SEGMENTS, 2), bool).at[:2, 0].set(False).at[-3:, 1].set(False)
+    weights = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=(SEGMENTS + 1, *x.shape))), rule.init(2)
+    )
+
+    def total(segments, memory):
+        after, before = write_segments(rule, memory, segments, present)
+        everything = jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), before, after)
+        products = jax.tree.map(lambda x, y: jnp.sum(x * y), everything, weights)
+        return sum(jax.tree.leaves(products)), everything
+
+    slope = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+    memory, _ = write_segments(rule, rule.init(2), segments, present)
+    (_, expected), slopes = slope(segments, memory)
+    monkeypatch.setattr(slots, "compares_all", lambda tokens: True)
+    again, _ = write_segments(rule, rule.init(2), segments, present)
+    (_, found), found_slopes = slope(segments, memory)
+    for name in slots.KEPT:
+        np.testing.assert_array_equal(found[name], expected[name])
+        np.testing.assert_array_equal(again[name], memory[name])
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+        (found, found_slopes),
+        (expected, slopes),
+    )
 
 
 def test_of_equal_scores_the_newest_stay():
@@ -147,17 +175,19 @@ def test_what_scores_less_is_as_if_it_had_never_been_read():
 def test_choosing_has_the_gradient_of_a_gather():
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(2, 3, 9, 4)))
-    weights = jnp.asarray(rng.normal(size=(2, 3, 5, 4)))
-    best = slots._highest(jnp.asarray(rng.normal(size=(2, 3, 9))), 5)
+    weights = jnp.asarray(rng.normal(size=(4, 2, 3, 5, 4)))
+    best = jnp.stack([slots._highest(jnp.asarray(rng.normal(size=(2, 3, 9))), 5) for _ in weights])
+    place = jnp.stack([slots._places_of(one, 9) for one in best])
+    np.testing.assert_array_equal(slots._chosen(place, 5), best)
 
     def ours(x):
-        return jnp.sum(weights * slots._choose(x, best, slots._places(best, 9)))
+        return jnp.sum(weights * slots._choose(x, best, place))
 
     def plain(x):
-        return jnp.sum(weights * jnp.take_along_axis(x, best[..., None], axis=2))
+        return jnp.sum(weights * jnp.take_along_axis(x[None], best[..., None], axis=3))
 
     assert ours(x) == plain(x)
-    np.testing.assert_array_equal(jax.grad(ours)(x), jax.grad(plain)(x))
+    np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(plain)(x), rtol=1e-5)
 
 
 def test_all_parameters_are_learnt_by_what_is_found():

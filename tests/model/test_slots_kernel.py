@@ -1,0 +1,130 @@
+"""The kernels for slots compute what the plain lines compute; here without a GPU, in interpret mode."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_jax.model.kernels import slots
+
+SCALE = 0.125
+NAMES = ("q", "key", "value", "bias", "local", "attended", "gate")
+EXACT, BF16 = 5e-6, 2**-8  # of float32 sums; half a unit in the last place of bfloat16
+
+# tokens, heads, KV heads, head dim, slots; between them they use every kernel and tile
+ONE_PROGRAM = (64, 2, 2, 64, 128)  # sees all queries of a KV head
+GROUPS = (64, 8, 2, 64, 192)
+LARGE_DIM = (96, 4, 1, 256, 64)
+SHAPES = [ONE_PROGRAM, GROUPS, LARGE_DIM]
+
+
+def plain(q, key, value, bias, local, attended, gate):
+    """`Slots.read` after queries and keys are rotated, in float32."""
+    dtype = attended.dtype
+    q, key, value, attended = (x.astype(jnp.float32) for x in (q, key, value, attended))
+    grouped = q.reshape(*q.shape[:2], key.shape[1], -1, q.shape[3])
+    logit = jnp.einsum("BTKGC,BKNC->BTKGN", grouped, key) * SCALE + bias[:, None, :, None]
+    logit = jnp.concatenate([logit, local.reshape(*logit.shape[:-1], 1)], axis=-1)
+    weight = jax.nn.softmax(logit, axis=-1)[..., :-1]
+    share = weight.sum(axis=-1).reshape(*q.shape[:3], 1)
+    found = jnp.einsum("BTKGN,BKNC->BTKGC", weight, value).reshape(q.shape)
+    return (attended + gate[:, None] * (found - share * attended)).astype(dtype)
+
+
+def kernel(*args):
+    return slots.attend(*args, scale=SCALE, interpret=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def with_gradients(function, slope, *args):
+    out, vjp = jax.vjp(function, *args)
+    return out, *vjp(slope)
+
+
+def arguments(shape, dtype, empty=0.3):
+    """Of two rows; a part of the slots holds nothing."""
+    tokens, heads, kv_heads, dim, count = shape
+    assert slots.takes(tokens, heads // kv_heads, dim, count)
+    random = np.random.default_rng(0)
+    of_queries, of_slots = (2, tokens, heads, dim), (2, kv_heads, count, dim)
+    shapes = (of_queries, of_slots, of_slots, of_slots[:3], of_queries[:3], of_queries, (heads,))
+    args = [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes]
+    args = [x.astype(dtype) if x.ndim == 4 else x for x in args]
+    args[3] = jnp.where(random.random(of_slots[:3]) < empty, -1e4, args[3])
+    args[4] = args[4] + 3.0  # local attention and slots have about as much
+    args[6] = args[6].at[0].set(0.0)  # a gate that is shut
+    return args
+
+
+def assert_near(found, wanted, tolerance, name=""):
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
+    assert np.isfinite(found).all()
+    assert np.abs(found - wanted).max() <= tolerance * np.abs(wanted).max(), name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype, tolerance", [("float32", EXACT), ("bfloat16", 2 * BF16)])
+def test_results_and_gradients_are_those_of_the_plain_lines(shape, dtype, tolerance):
+    args = arguments(shape, dtype)
+    slope = jnp.flip(args[5], axis=1)  # numbers like any others
+    (found, *gradients), (wanted, *wanted_gradients) = (
+        with_gradients(function, slope, *args) for function in (kernel, plain)
+    )
+    assert_near(found, wanted, tolerance)
+    for found, wanted, name in zip(gradients, wanted_gradients, NAMES, strict=True):
+        assert_near(found, wanted, 2 * tolerance, name)
+
+
+@pytest.mark.parametrize("shape", [ONE_PROGRAM, GROUPS])
+def test_an_empty_memory_changes_nothing(shape):
+    args = arguments(shape, "bfloat16", empty=1.0)
+    slope = jnp.ones_like(args[0])
+    found, *gradients = with_gradients(kernel, slope, *args)
+    np.testing.assert_array_equal(found, args[5])
+    for gradient, name in zip(gradients, NAMES, strict=True):
+        wanted = slope if name == "attended" else jnp.zeros_like(gradient)
+        np.testing.assert_array_equal(gradient, wanted, name)
+
+
+def test_logits_far_apart_do_not_overflow():
+    args = arguments(ONE_PROGRAM, "float32")
+    args[0], args[4] = 100 * args[0], 1000 * args[4] * jnp.array([1.0, -1.0])
+    assert_near(jax.jit(kernel)(*args), jax.jit(plain)(*args), 1e-4)
+
+
+def test_shapes_that_are_not_divided_evenly_are_refused():
+    assert slots.takes(128, 1, 128, 2048) and slots.takes(512, 4, 256, 512)
+    assert not slots.takes(100, 1, 128, 512)  # queries
+    assert not slots.takes(64, 3, 128, 512)
+    assert not slots.takes(32, 1, 128, 512)
+    assert not slots.takes(128, 1, 128, 96)  # slots
+    assert not slots.takes(128, 1, 96, 512)  # head dim
+    assert not slots.takes(128, 1, 512, 512)
+
+
+@pytest.mark.parametrize(
+    "shape, kernels",
+    [
+        ((128, 4, 4, 128, 512), 2),  # the demo model
+        ((128, 4, 4, 128, 2048), 2),
+        ((512, 4, 1, 256, 512), 3),  # Gemma 3 270M
+        ((256, 8, 4, 256, 512), 3),
+        ((256, 4, 4, 128, 512), 3),
+        (ONE_PROGRAM, 2),
+    ],
+)
+def test_triton_takes_what_is_given_to_it(shape, kernels):
+    """The kernels in Triton's language, forwards and backwards; it is not compiled here."""
+    args = jax.eval_shape(lambda: arguments(shape, "bfloat16"))
+    function = functools.partial(slots.attend, scale=SCALE)
+    try:
+        traced = with_gradients.trace(function, args[0], *args)
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    except RuntimeError as error:
+        if "No supported GPU" not in str(error):
+            raise
+        pytest.skip("this version of JAX lowers for a GPU that is there")
+    assert lowered.as_text().count("xla.gpu.triton") == kernels
