@@ -19,6 +19,7 @@ NOT_RUN = {
     "-m gemma_jax.demo": "takes a minute: tests/demo runs it",
     "-m benchmarks.ablation ": "trains many models: tests/benchmark/test_ablation.py trains few",
     "-m benchmarks.ask_again": "reads a million tokens: tests/benchmark/test_ask_again.py reads few",
+    "-m benchmarks.book_questions": "reads a million tokens: tests/benchmark reads few",
     "-m benchmarks.resident_memory": "watches for minutes: tests/benchmark watches for seconds",
     " --adapter gemma_jax/adapters": "needs the weights it was trained for: tests/test_real_weights.py",
     "--model checkpoints/demo-9m-stories": "takes a GPU and 11 minutes to make",

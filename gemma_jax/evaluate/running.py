@@ -21,10 +21,13 @@ from gemma_jax.inference.pieces import PIECES_AHEAD, PIECES_IN_FLIGHT, ahead, pi
 from gemma_jax.inference.prefill import default_chunk_tokens, prefill
 from gemma_jax.inference.reader import peak_memory_bytes, stop_token_ids
 from gemma_jax.inference.sampling import Greedy
-from gemma_jax.inference.writing import default_block_tokens
+from gemma_jax.inference.writing import default_block_tokens, padded_stop_ids
 from gemma_jax.model.state import State, init_state
 
-WIDTH, MOST_MORE = 2048, 4  # of a model that keeps a GPU busy; times as many tokens for smaller ones
+WIDTH, MOST_MORE = (
+    2048,
+    4,
+)  # of a model that keeps a GPU busy; times as many tokens for smaller ones
 OnTokens = Callable[[int], None]
 
 
@@ -86,6 +89,7 @@ class Reader:
         """
         config, params = self.model.config, self.model.params
         stops = stop_token_ids(self.model)
+        padded = jax.device_put(padded_stop_ids(stops))
         asked = [*questions, *[questions[-1]] * (self.rows - len(questions))]
         tokens = np.zeros((self.rows, self.question_tokens), np.int32)
         for row, ids in zip(tokens, asked, strict=True):
@@ -111,7 +115,7 @@ class Reader:
                 sampling=Greedy(),
                 key=jax.random.key(0),
                 num_tokens=default_block_tokens(),
-                stop_ids=stops,
+                stop_ids=padded,
             )
             block, counts, still = jax.device_get((block, counts, finite_rows(logits)))
             for row in list(going):

@@ -80,7 +80,11 @@ def load(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
     from gemma_jax.inference.sampling import make_sampling
 
     drawn = make_sampling(**{name: getattr(options, name) for name in SAMPLING})
-    compiling = Compiling(config, drawn, block_tokens=1 if options.chat and options.stop else None)
+    compiling = Compiling(
+        config,
+        drawn if options.max_new_tokens else None,
+        block_tokens=1 if options.chat and options.stop else None,
+    )
     model = store.load(
         path,
         memory=options.memory,

@@ -24,8 +24,10 @@ class Compiling:
     A program that is called before it is ready would be compiled twice: `wait` first.
     """
 
-    def __init__(self, config: GemmaConfig, sampling: Sampling, *, block_tokens: int | None = None):
-        """Arguments as of `decode_block`; `block_tokens` as of `generate`."""
+    def __init__(
+        self, config: GemmaConfig, sampling: Sampling | None, *, block_tokens: int | None = None
+    ):
+        """Arguments as of `decode_block`, None where nothing is written; `block_tokens` as of `generate`."""
         place = jax.sharding.SingleDeviceSharding(default_device())
 
         def on_device(tree: Any) -> Any:
@@ -54,7 +56,8 @@ class Compiling:
                 stop_ids=padded_stop_ids(),
             ).compile()
 
-        self._done = [_in_background(work) for work in (compile_prefill, compile_decoding)]
+        programs = (compile_prefill,) if sampling is None else (compile_prefill, compile_decoding)
+        self._done = [_in_background(work) for work in programs]
 
     def wait(self) -> None:
         """Returns when all is compiled; what went wrong is raised here."""

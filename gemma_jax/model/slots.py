@@ -133,7 +133,7 @@ class Slots(MemoryRule):
     def write_all(self, memory, segments, mask):
         number, _, length = mask.shape
         count = self.config.memory.slots
-        if not compares_all(count + number * length):
+        if not compares_all(count, length, number):
             return super().write_all(memory, segments, mask)
 
         def pooled(old: Array, new: Array) -> Array:
@@ -167,12 +167,16 @@ class Slots(MemoryRule):
         return {"read": p["gate"]}
 
 
-def compares_all(tokens: int) -> bool:
-    """Whether all segments' tokens are compared with each other at once, not sorted one by one.
+def compares_all(count: int, length: int, segments: int) -> bool:
+    """Whether the tokens of all segments are compared with each other at once, not sorted in turn.
 
-    For GPUs, whose threads are many.
+    It takes the kernel: what XLA makes of so many comparisons is slow, or takes minutes to compile.
     """
-    return tokens <= MOST_COMPARED and jax.default_backend() == "gpu"
+    if count + segments * length > MOST_COMPARED or not kernels.wanted():
+        return False
+    from gemma_jax.model.kernels import ranks
+
+    return ranks.takes(length)
 
 
 def _places(
@@ -183,20 +187,12 @@ def _places(
     Args:
         score: of `count` tokens in the slots, and of those of segments of `length` tokens.
     """
-    more = -count % length  # tokens that are behind all others, so that all blocks are equally long
-    score = jnp.pad(
-        jax.lax.stop_gradient(score), ((0, 0), (0, 0), (more, 0)), constant_values=-jnp.inf
-    )
-    number = jnp.arange(score.shape[-1], dtype=jnp.int32)
-    blocks = jnp.moveaxis(score.reshape(*score.shape[:2], -1, 1, length), 2, 0)
-    numbers = number.reshape(-1, 1, 1, 1, length)
-    own = score[..., None]
-    ahead = (blocks > own) | ((blocks == own) & (numbers > number[:, None]))
-    ahead = jnp.cumsum(ahead.sum(axis=-1, dtype=jnp.int32), axis=0)
-    first = (count + more) // length  # blocks of tokens that were in the slots
-    read = length * jnp.arange(first, len(ahead) + 1)[:, None, None, None]
-    kept = (number < read) & (ahead[first - 1 :] < count)
-    return jnp.where(kept, jnp.cumsum(kept, axis=-1, dtype=jnp.int32) - 1, -1)[..., more:]
+    from gemma_jax.model.kernels import ranks
+
+    ahead = ranks.count_ahead(jax.lax.stop_gradient(score), first=count, length=length)
+    read = count + length * jnp.arange(len(ahead))[:, None, None, None]
+    kept = (jnp.arange(score.shape[-1]) < read) & (ahead < count)
+    return jnp.where(kept, jnp.cumsum(kept, axis=-1, dtype=jnp.int32) - 1, -1)
 
 
 def _chosen(place: Int[Array, "N B K M"], count: int) -> Int[Array, "N B K count"]:

@@ -19,7 +19,17 @@ PYTHON = "python"  # likewise: the source code of Python's standard library
 MOST_WORKERS = 16  # each makes from a hundred thousand tokens (many facts) to millions a second
 CARRIED_ROWS = 32  # memories kept for later sequences
 IDS = "ids"  # what a checkpoint calls the files of tokens that its run reads
-SHAPE = ("model", "preset", "config", "train", "rank", "memory", "segment_length", "slots", "neighbours")
+SHAPE = (
+    "model",
+    "preset",
+    "config",
+    "train",
+    "rank",
+    "memory",
+    "segment_length",
+    "slots",
+    "neighbours",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -44,6 +44,13 @@ def test_an_answer_compiles_none_of_it_again(random_checkpoint, compiled, drawn,
     assert not PROGRAMS & {*compiled}
 
 
+def test_where_nothing_is_written_only_reading_is_compiled(random_checkpoint, compiled):
+    config = gemma_jax.load(random_checkpoint, segment_length=26).config
+    compiled.clear()
+    Compiling(config, None).wait()
+    assert PROGRAMS & {*compiled} == {"prefill"}
+
+
 def test_what_goes_wrong_in_a_thread_is_raised_where_it_is_waited_for(
     random_checkpoint, monkeypatch
 ):

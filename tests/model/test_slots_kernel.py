@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax.model.kernels import slots
+from gemma_jax.model.kernels import ranks, slots
 
 SCALE = 0.125
 NAMES = ("q", "key", "value", "bias", "local", "attended", "gate")
@@ -120,11 +120,51 @@ def test_triton_takes_what_is_given_to_it(shape, kernels):
     """The kernels in Triton's language, forwards and backwards; it is not compiled here."""
     args = jax.eval_shape(lambda: arguments(shape, "bfloat16"))
     function = functools.partial(slots.attend, scale=SCALE)
+    assert lowered(with_gradients, function, args[0], *args) == kernels
+
+
+# --- which tokens stay ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first, length, segments", [(70, 64, 2), (64, 128, 1), (1, 64, 3)])
+@pytest.mark.parametrize("values", [5, 10_000])
+def test_tokens_are_ahead_that_score_higher_or_are_later(first, length, segments, values):
+    """Compared with a loop in NumPy; with five values many are equal."""
+    tokens = first + segments * length
+    score = np.random.default_rng(0).integers(0, values, (2, 2, tokens))
+    found = ranks.count_ahead(
+        jnp.asarray(score, jnp.float32), first=first, length=length, interpret=True
+    )
+    for row in np.ndindex(2, 2):
+        for i in range(segments + 1):
+            seen = score[row][: first + i * length]
+            later = np.arange(len(seen)) > np.arange(tokens)[:, None]
+            own = score[row][:, None]
+            expected = np.sum((seen > own) | ((seen == own) & later), axis=1)
+            np.testing.assert_array_equal(found[(i, *row)], expected)
+
+
+def test_segments_that_are_not_divided_evenly_are_refused():
+    assert ranks.takes(128) and ranks.takes(64)
+    assert not ranks.takes(96)
+    assert not ranks.takes(32)
+
+
+@pytest.mark.parametrize(
+    "first, length, segments", [(512, 128, 64), (1000, 128, 6), (1024, 1024, 8)]
+)
+def test_triton_takes_the_comparison(first, length, segments):
+    score = jax.ShapeDtypeStruct((2, 4, first + length * segments), jnp.float32)
+    assert lowered(ranks.count_ahead, score, first=first, length=length) == 1
+
+
+def lowered(function, *args, **options):
+    """How many kernels there are in what JAX makes of a jitted function for a GPU."""
     try:
-        traced = with_gradients.trace(function, args[0], *args)
-        lowered = traced.lower(lowering_platforms=("cuda",))
+        traced = function.trace(*args, **options)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     except RuntimeError as error:
         if "No supported GPU" not in str(error):
             raise
         pytest.skip("this version of JAX lowers for a GPU that is there")
-    assert lowered.as_text().count("xla.gpu.triton") == kernels
+    return text.count("xla.gpu.triton")

@@ -89,5 +89,14 @@ def test_slots_are_as_many_as_are_asked_for_and_read_from_the_start(without_memo
     np.testing.assert_array_equal(params["layers_0"]["attention"]["memory"]["gate"], 1.0)
     assert gemma_jax.init_state(config).layers[0].memory["key"].shape[2] == 7
     given[given.index("slots")] = "delta"
-    with pytest.raises(UsageError, match="delta has no slots"):
+    with pytest.raises(UsageError, match="delta has no slots: leave out --slots"):
+        make_model(options.parse(given), [], tmp_path, lambda *_: None)
+
+
+def test_neighbours_are_kept_as_far_as_is_asked_for(without_memory, tmp_path):
+    given = ["--model", str(without_memory), "--memory", "slots", "--neighbours", "0"]
+    config, *_ = make_model(options.parse(given), [], tmp_path, lambda *_: None)
+    assert config.memory.neighbours == 0
+    given[given.index("slots")] = "delta"
+    with pytest.raises(UsageError, match="delta has no slots: leave out --neighbours"):
         make_model(options.parse(given), [], tmp_path, lambda *_: None)
