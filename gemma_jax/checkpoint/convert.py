@@ -6,6 +6,7 @@ One group of parameters (the embedder, a layer) is in memory at a time.
 import dataclasses
 import itertools
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,11 +21,13 @@ from gemma_jax.checkpoint.verify import Verification, require_reference, verify_
 from gemma_jax.config import DTYPES, GemmaConfig
 from gemma_jax.errors import InputError, UsageError
 from gemma_jax.model.weights import SCALE, quantize
-from gemma_jax.text import load_tokenizer
+from gemma_jax.text import encode, load_tokenizer
 
 ORIGINAL_FILES = ("config.json", "generation_config.json")
 SHARD_BYTES = 2 * 10**9  # of a Hugging Face directory that is written
 TOKENIZER_BYTES = 2**26  # room for it on the disk
+SPACE = "\u2581"  # as tokenizers write it
+WORDS_TRIED = 1000  # of a tokenizer's own
 NEVER_READ = -20.0  # a gate below it gives memory a weight of less than 1e-8
 
 OnProgress = Callable[[int, int], None]  # parameters done, of how many
@@ -90,7 +93,7 @@ def convert(
     local = Path(source).expanduser().is_dir()
     name = directory.resolve().name if local else str(source).split("/")[-1]
     config = read_config(directory, dtype=dtype, quantize=quantize, name=name)
-    load_tokenizer(directory)  # what is wrong with it is known before any work
+    tokenizer = load_tokenizer(directory)  # what is wrong with it is known before any work
     weights = Weights(directory)
     names, skipped = _canonical_names(weights)
     config = _complete(config, weights, names)
@@ -113,7 +116,8 @@ def convert(
         _copy(directory, content / store.ORIGINAL, ORIGINAL_FILES)
         store.write_manifest(content)
         verification = verify_checkpoint(directory, content) if verify else None
-    return Conversion(config, total, skipped, _notices(gates), verification)
+    notices = (*_notices(gates), *_notices_of_tokenizer(tokenizer))
+    return Conversion(config, total, skipped, notices, verification)
 
 
 def read_config(directory: Path, *, dtype: str, quantize: str | None, name: str) -> GemmaConfig:
@@ -233,6 +237,20 @@ def _notices(gates: list[np.ndarray]) -> tuple[str, ...]:
             " the model behaves as one with local attention only.",
         )
     return (f"memory rule linear, with gates up to {highest:.2f}, is recorded.",)
+
+
+def _notices_of_tokenizer(tokenizer: Any) -> Iterator[str]:
+    """Some versions of transformers make tokenizers of GGUF files that have most merges missing."""
+    ids = tokenizer.get_vocab()
+    words = [word for word in ids if len(word) > 2 and word[0] == SPACE and word[1:].isalpha()]
+    words = random.Random(0).sample(sorted(words), min(WORDS_TRIED, len(words)))
+    whole = sum(encode(tokenizer, f"a {word[1:]}")[-1] == ids[word] for word in words)
+    if 2 * whole < len(words):
+        yield (
+            f"the tokenizer cuts {len(words) - whole} of {len(words)} of its own words into pieces, so"
+            " merges are missing, and the model will not understand what it reads: take tokenizer.json"
+            " of the original model."
+        )
 
 
 def to_huggingface(

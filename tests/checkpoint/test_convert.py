@@ -418,3 +418,17 @@ def test_verification(make_model, tmp_path, monkeypatch):
     with pytest.raises(gemma_jax.errors.GemmaError, match="differs from the reference"):
         convert(source, tmp_path / "broken", verify=True)
     assert not (tmp_path / "broken").exists()
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.1])
+def test_a_tokenizer_that_cannot_make_its_own_words_is_told_of(make_model, tmp_path, kept):
+    """As those are that some versions of transformers make of GGUF files: most of the merges are missing."""
+    source, _ = make_model()
+    file = source / "tokenizer.json"
+    content = json.loads(file.read_text())
+    merges = content["model"]["merges"]
+    assert len(merges) > 100
+    content["model"]["merges"] = merges[: int(kept * len(merges))]
+    file.write_text(json.dumps(content))
+    notices = convert(source, tmp_path / "dest").notices
+    assert any("merges are missing" in notice for notice in notices) == (kept < 1)
