@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from reference import random_params, random_tokens, tiny_config
 
+from gemma_jax.model import kernels
+from gemma_jax.model.kernels import attention as attention_kernel
+from gemma_jax.model.kernels import geglu as geglu_kernel
 from gemma_jax.model.kernels import ranks, slots
+from gemma_jax.model.scan import forward
+from gemma_jax.model.state import init_state
 
 SCALE = 0.125
 NAMES = ("q", "key", "value", "bias", "local", "attended", "gate")
@@ -157,6 +163,53 @@ def test_segments_that_are_not_divided_evenly_are_refused():
 def test_triton_takes_the_comparison(first, length, segments):
     score = jax.ShapeDtypeStruct((2, 4, first + length * segments), jnp.float32)
     assert lowered(ranks.count_ahead, score, first=first, length=length) == 1
+
+
+# --- in a model -----------------------------------------------------------------------------------
+
+
+def test_a_model_reads_and_learns_with_them_as_with_the_plain_lines(monkeypatch):
+    """Six segments in one step; both kernels run in interpret mode."""
+    config = tiny_config(rule="slots", layer_types=("global",), head_dim=64, dtype="bfloat16")
+    config = config.with_memory(segment_length=64, slots=64)
+    params, tokens = random_params(config), random_tokens(config, 2, 384)
+    params["layers_0"]["attention"]["memory"]["gate"] += 1.0
+
+    def gradient():
+        def loss(params):
+            hidden, state = forward(
+                params, tokens, init_state(config, 2), config=config, step_tokens=384, aligned=True
+            )
+            hidden = hidden.astype(jnp.float32)
+            return jnp.mean(jnp.square(hidden)), (hidden, state.layers[0].memory)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    wanted_slopes, (wanted, kept) = gradient()
+    monkeypatch.setattr(kernels, "wanted", lambda: True)
+    for module in (attention_kernel, geglu_kernel):
+        monkeypatch.setattr(module, "takes", lambda *args: False)
+    used = []
+    for module, name in ((slots, "attend"), (ranks, "count_ahead")):
+        monkeypatch.setattr(module, name, interpreted(used, name, getattr(module, name)))
+    jax.clear_caches()
+    slopes, (found, kept_by_them) = gradient()
+    jax.clear_caches()  # what was traced for another device must not be run on this one
+    assert {*used} == {"attend", "count_ahead"}
+    for name in ("key", "value", "score"):
+        np.testing.assert_array_equal(kept_by_them[name], kept[name])
+    for one, other in zip(jax.tree.leaves(slopes), jax.tree.leaves(wanted_slopes), strict=True):
+        one, other = (np.asarray(x, np.float64) for x in (one, other))
+        assert np.linalg.norm(one - other) <= 0.03 * np.linalg.norm(other)
+    assert np.linalg.norm(found - wanted) <= 0.01 * np.linalg.norm(wanted)
+
+
+def interpreted(used, name, real):
+    def called(*args, **options):
+        used.append(name)
+        return real(*args, **options, interpret=True)
+
+    return called
 
 
 def lowered(function, *args, **options):
