@@ -151,7 +151,7 @@ def read_questions(path: Path) -> list[Question]:
         InputError: it cannot be read, has no questions, or has a line of another kind.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"{path} cannot be read ({reason}): name a file of questions.") from error

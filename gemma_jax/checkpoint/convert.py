@@ -93,7 +93,8 @@ def convert(
     local = Path(source).expanduser().is_dir()
     name = directory.resolve().name if local else str(source).split("/")[-1]
     config = read_config(directory, dtype=dtype, quantize=quantize, name=name)
-    tokenizer = load_tokenizer(directory)  # what is wrong with it is known before any work
+    # What is wrong with it is known before any work.
+    about_tokenizer = _notices_of_tokenizer(load_tokenizer(directory))
     weights = Weights(directory)
     names, skipped = _canonical_names(weights)
     config = _complete(config, weights, names)
@@ -116,8 +117,7 @@ def convert(
         _copy(directory, content / store.ORIGINAL, ORIGINAL_FILES)
         store.write_manifest(content)
         verification = verify_checkpoint(directory, content) if verify else None
-    notices = (*_notices(gates), *_notices_of_tokenizer(tokenizer))
-    return Conversion(config, total, skipped, notices, verification)
+    return Conversion(config, total, skipped, _notices(gates) + about_tokenizer, verification)
 
 
 def read_config(directory: Path, *, dtype: str, quantize: str | None, name: str) -> GemmaConfig:
@@ -239,18 +239,21 @@ def _notices(gates: list[np.ndarray]) -> tuple[str, ...]:
     return (f"memory rule linear, with gates up to {highest:.2f}, is recorded.",)
 
 
-def _notices_of_tokenizer(tokenizer: Any) -> Iterator[str]:
+def _notices_of_tokenizer(tokenizer: Any) -> tuple[str, ...]:
     """Some versions of transformers make tokenizers of GGUF files that have most merges missing."""
     ids = tokenizer.get_vocab()
     words = [word for word in ids if len(word) > 2 and word[0] == SPACE and word[1:].isalpha()]
     words = random.Random(0).sample(sorted(words), min(WORDS_TRIED, len(words)))
-    whole = sum(encode(tokenizer, f"a {word[1:]}")[-1] == ids[word] for word in words)
-    if 2 * whole < len(words):
-        yield (
-            f"the tokenizer cuts {len(words) - whole} of {len(words)} of its own words into pieces, so"
-            " merges are missing, and the model will not understand what it reads: take tokenizer.json"
-            " of the original model."
-        )
+    if type(tokenizer.backend_tokenizer.model).__name__ != "BPE":  # others have no merges
+        return ()
+    whole = sum(encode(tokenizer, f"a {word[1:]}")[-1:] == [ids[word]] for word in words)
+    if 2 * whole >= len(words):
+        return ()
+    return (
+        f"the tokenizer cuts {len(words) - whole} of {len(words)} of its own words into pieces, so merges"
+        " are missing, and the model will not understand what it reads: take tokenizer.json of the"
+        " original model.",
+    )
 
 
 def to_huggingface(

@@ -24,10 +24,6 @@ from gemma_jax.inference.sampling import Greedy
 from gemma_jax.inference.writing import default_block_tokens, padded_stop_ids
 from gemma_jax.model.state import State, init_state
 
-WIDTH, MOST_MORE = (
-    2048,
-    4,
-)  # of a model that keeps a GPU busy; times as many tokens for smaller ones
 OnTokens = Callable[[int], None]
 
 
@@ -159,15 +155,9 @@ class Reader:
 
 
 def chunk_tokens(config: GemmaConfig, rows: int) -> int:
-    """Tokens of each row read at once, so that a batch takes about the memory of a single row.
-
-    Rows of small models have more, for a GPU is not busy with few of their tokens.
-    """
+    """Tokens of each row read at once, so that a batch takes about the memory of a single row."""
     alone, length = default_chunk_tokens(config), config.memory.segment_length
-    if alone < length:
-        return alone
-    more = min(max(WIDTH // config.width, 1), MOST_MORE) if jax.default_backend() == "gpu" else 1
-    return min(max(more * alone // rows // length, 1), alone // length) * length
+    return alone if alone < length else max(alone // rows // length, 1) * length
 
 
 def side_by_side(

@@ -82,7 +82,7 @@ def load(options: argparse.Namespace, console: Any) -> tuple[Any, Any]:
     drawn = make_sampling(**{name: getattr(options, name) for name in SAMPLING})
     compiling = Compiling(
         config,
-        drawn if options.max_new_tokens else None,
+        drawn if options.max_new_tokens or options.prompts else None,
         block_tokens=1 if options.chat and options.stop else None,
     )
     model = store.load(

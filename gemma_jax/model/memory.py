@@ -268,7 +268,7 @@ def init_features(config: GemmaConfig, batch_size: int, length: int) -> Features
 def write_segments(
     rule: MemoryRule, memory: Memory, segments: Features, present: Bool[Array, "N B"]
 ) -> tuple[Memory, Memory]:
-    """Writes segments one after the other; rows in which one is not `present` keep theirs exactly.
+    """Writes segments as if one after the other; rows in which one is not `present` keep theirs exactly.
 
     Args:
         segments: the rule's features with `key` and `value`: arrays [N, B, S, ...].

@@ -14,6 +14,7 @@ from gemma_jax.model.rule import UNROLL, Memory, MemoryRule, Parameter
 
 KEPT = ("key", "value", "score")  # of each token
 MOST_COMPARED = 16_384  # tokens that are ranked by comparing all with all
+MOST_PLACES = 2**20  # of tokens before each segment, of a row and head: some arrays are as large
 EMPTY = -1e4  # score of a slot that holds nothing; exp of it is 0, so it is not seen at all
 HIDDEN = 64  # units of the network that scores tokens
 DISTANCE = 64  # positions from the newest slot to every query
@@ -172,7 +173,9 @@ def compares_all(count: int, length: int, segments: int) -> bool:
 
     It takes the kernel: what XLA makes of so many comparisons is slow, or takes minutes to compile.
     """
-    if count + segments * length > MOST_COMPARED or not kernels.wanted():
+    tokens = count + segments * length
+    few = tokens <= MOST_COMPARED and (segments + 1) * tokens <= MOST_PLACES
+    if not few or not kernels.wanted():
         return False
     from gemma_jax.model.kernels import ranks
 
@@ -189,7 +192,9 @@ def _places(
     """
     from gemma_jax.model.kernels import ranks
 
-    ahead = ranks.count_ahead(jax.lax.stop_gradient(score), first=count, length=length)
+    score = jax.lax.stop_gradient(score)
+    score = jnp.where(jnp.isnan(score), jnp.inf, score)  # they stay, as sorting has it
+    ahead = ranks.count_ahead(score, first=count, length=length)
     read = count + length * jnp.arange(len(ahead))[:, None, None, None]
     kept = (jnp.arange(score.shape[-1]) < read) & (ahead < count)
     return jnp.where(kept, jnp.cumsum(kept, axis=-1, dtype=jnp.int32) - 1, -1)

@@ -23,9 +23,9 @@ def takes(length: int) -> bool:
 def count_ahead(
     score: Float[Array, "B K M"], *, first: int, length: int, interpret: bool = False
 ) -> Int[Array, "segments+1 B K M"]:
-    """By token: how many of the first `first` are before it; and as many segments behind these follow.
+    """By token: how many of the first `first` are ahead of it, and how many once each segment has joined.
 
-    A token is before another if its score is higher, or as high and the token later.
+    A token is ahead of another if its score is higher, or as high and the token later.
 
     Args:
         score: float32, of `first` tokens and those of segments of `length`.
