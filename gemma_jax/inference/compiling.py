@@ -41,11 +41,11 @@ class Compiling:
         piece = jax.ShapeDtypeStruct((1, default_chunk_tokens(config)), jnp.int32)
         count = jax.ShapeDtypeStruct((1,), jnp.int32)
 
-        def compile_prefill() -> None:
-            prefill.lower(params, piece, state, config=config, lengths=count).compile()
+        def reading() -> jax.stages.Lowered:
+            return prefill.lower(params, piece, state, config=config, lengths=count)
 
-        def compile_decoding() -> None:
-            decode_block.lower(
+        def writing() -> jax.stages.Lowered:
+            return decode_block.lower(
                 params,
                 logits,
                 state,
@@ -54,20 +54,25 @@ class Compiling:
                 key=jax.eval_shape(jax.random.key, 0),
                 num_tokens=block_tokens or default_block_tokens(),
                 stop_ids=padded_stop_ids(),
-            ).compile()
+            )
 
-        programs = (compile_prefill,) if sampling is None else (compile_prefill, compile_decoding)
-        self._done = [_in_background(work) for work in programs]
+        def compile_all() -> None:
+            # Traced one after the other: what two threads trace at once they may trace in different
+            # ways from start to start, and the programs kept from the last one are not found.
+            programs = (reading,) if sampling is None else (reading, writing)
+            for done in [_in_background(program().compile) for program in programs]:
+                done.result()
+
+        self._done = _in_background(compile_all)
 
     def wait(self) -> None:
         """Returns when all is compiled; what went wrong is raised here."""
-        for future in self._done:
-            future.result()
+        self._done.result()
 
 
-def _in_background(work: Callable[[], None]) -> Future[None]:
+def _in_background(work: Callable[[], Any]) -> Future[Any]:
     """Runs in a thread that does not keep the process from ending."""
-    future: Future[None] = Future()
+    future: Future[Any] = Future()
 
     def run() -> None:
         try:
