@@ -241,11 +241,11 @@ def _notices(gates: list[np.ndarray]) -> tuple[str, ...]:
 
 def _notices_of_tokenizer(tokenizer: Any) -> tuple[str, ...]:
     """Some versions of transformers make tokenizers of GGUF files that have most merges missing."""
+    if type(tokenizer.backend_tokenizer.model).__name__ != "BPE":  # others have no merges
+        return ()
     ids = tokenizer.get_vocab()
     words = [word for word in ids if len(word) > 2 and word[0] == SPACE and word[1:].isalpha()]
     words = random.Random(0).sample(sorted(words), min(WORDS_TRIED, len(words)))
-    if type(tokenizer.backend_tokenizer.model).__name__ != "BPE":  # others have no merges
-        return ()
     whole = sum(encode(tokenizer, f"a {word[1:]}")[-1:] == [ids[word]] for word in words)
     if 2 * whole >= len(words):
         return ()

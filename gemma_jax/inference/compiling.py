@@ -27,7 +27,12 @@ class Compiling:
     def __init__(
         self, config: GemmaConfig, sampling: Sampling | None, *, block_tokens: int | None = None
     ):
-        """Arguments as of `decode_block`, None where nothing is written; `block_tokens` as of `generate`."""
+        """Nothing is waited for.
+
+        Args:
+            sampling: as of `decode_block`; None where nothing will be written.
+            block_tokens: as of `generate`.
+        """
         place = jax.sharding.SingleDeviceSharding(default_device())
 
         def on_device(tree: Any) -> Any:

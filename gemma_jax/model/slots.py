@@ -14,7 +14,7 @@ from gemma_jax.model.rule import UNROLL, Memory, MemoryRule, Parameter
 
 KEPT = ("key", "value", "score")  # of each token
 MOST_COMPARED = 16_384  # tokens that are ranked by comparing all with all
-MOST_PLACES = 2**20  # of tokens before each segment, of a row and head: some arrays are as large
+MOST_PLACES = 2**20  # tokens times segments: arrays of a row and head are as large
 EMPTY = -1e4  # score of a slot that holds nothing; exp of it is 0, so it is not seen at all
 HIDDEN = 64  # units of the network that scores tokens
 DISTANCE = 64  # positions from the newest slot to every query
@@ -143,7 +143,7 @@ class Slots(MemoryRule):
             return jnp.concatenate([old, new.reshape(*old.shape[:2], -1, *old.shape[3:])], axis=2)
 
         pool = {name: pooled(memory[name], segments[name]) for name in KEPT}
-        place = _places(pool["score"], count, length)
+        place = _places_by_segment(pool["score"], count, length)
         chosen = _chosen(place, count)
         before = {name: _choose(x, chosen[:-1], place[:-1]) for name, x in pool.items()}
         after = {name: _choose(x, chosen[-1:], place[-1:])[0] for name, x in pool.items()}
@@ -182,7 +182,7 @@ def compares_all(count: int, length: int, segments: int) -> bool:
     return ranks.takes(length)
 
 
-def _places(
+def _places_by_segment(
     score: Float[Array, "B K M"], count: int, length: int
 ) -> Int[Array, "segments+1 B K M"]:
     """Where each token stands in the slots before any segment and after each; -1: it is not there.

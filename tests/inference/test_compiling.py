@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import jax
 import pytest
@@ -49,6 +50,27 @@ def test_where_nothing_is_written_only_reading_is_compiled(random_checkpoint, co
     compiled.clear()
     Compiling(config, None).wait()
     assert PROGRAMS & {*compiled} == {"prefill"}
+
+
+def test_programs_are_traced_one_after_the_other(random_checkpoint, monkeypatch):
+    """Or else they may differ from start to start, and those kept from the last one are not found."""
+    config = gemma_jax.load(random_checkpoint).config
+    busy, calls = threading.Lock(), []
+
+    class Slow:
+        def lower(self, *_, **__):
+            calls.append(busy.acquire(blocking=False))
+            time.sleep(0.1)
+            busy.release()
+            return self
+
+        def compile(self):
+            pass
+
+    for name in PROGRAMS:
+        monkeypatch.setattr(compiling, name, Slow())
+    Compiling(config, Greedy()).wait()
+    assert calls == [True, True]
 
 
 def test_what_goes_wrong_in_a_thread_is_raised_where_it_is_waited_for(

@@ -100,6 +100,16 @@ def test_comparing_all_with_all_writes_as_sorting_segment_by_segment_does(monkey
     )
 
 
+def test_scores_that_are_no_numbers_stay_as_sorting_has_it(monkeypatch):
+    """So that a model which computes such numbers is found out, with the kernel as without it."""
+    monkeypatch.setattr(ranks, "TILE", 4)
+    monkeypatch.setattr(ranks, "count_ahead", functools.partial(ranks.count_ahead, interpret=True))
+    score = jnp.arange(20.0).at[jnp.array([3, 8, 9])].set(jnp.nan).reshape(1, 1, 20)
+    place = slots._places_by_segment(score, 4, 16)[-1]
+    np.testing.assert_array_equal(np.flatnonzero(place >= 0), [3, 8, 9, 19])
+    np.testing.assert_array_equal(slots._highest(score, 4)[0, 0], [3, 8, 9, 19])
+
+
 def test_of_equal_scores_the_newest_stay():
     total = SEGMENTS * LENGTH
     np.testing.assert_array_equal(
