@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from gemma_jax.config import Rope
-from gemma_jax.model import kernels
+from gemma_jax.model import determinism, kernels
 from gemma_jax.model.rope import rope_rows, rope_table, rotate
 from gemma_jax.model.state import Span
 
@@ -54,6 +54,8 @@ def attend(
 
 def cudnn_takes(head_dim: int) -> bool:
     """Whether cuDNN's attention runs here: from Ampere on, heads wider than 128 from Hopper on."""
+    if determinism.is_asked():
+        return False
     return kernels.compute_capability() >= (kernels.HOPPER if head_dim > 128 else kernels.AMPERE)
 
 

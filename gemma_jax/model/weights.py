@@ -14,9 +14,12 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, Shaped
 
+from gemma_jax.model import determinism
+
 INIT = nn.initializers.normal(0.02)
 LARGEST = 127  # of int8, which has one number more below zero than above
 ROWS_QUANTIZED = 4096  # at once
+ROWS_ADDED = 1024  # likewise, to a gradient
 SCALE = "_scale"  # ends the name of the parameter that holds a matrix's scales
 
 
@@ -32,8 +35,11 @@ class Weight:
 
     def rows(self, indices: Int[Array, "*b"], dtype) -> Float[Array, "*b K"]:
         """Some of its rows."""
-        scale = None if self.scale is None else self.scale[indices]
-        return dequantize(self.values[indices], scale, dtype)
+        if self.scale is None:
+            asked = determinism.is_asked()
+            found = _look_up(self.values, indices) if asked else self.values[indices]
+            return found.astype(dtype)
+        return dequantize(self.values[indices], self.scale[indices], dtype)
 
 
 def dequantize(values: Array, scale: Array | None, dtype) -> Array:
@@ -77,6 +83,38 @@ def declare_weight(
             name + SCALE, nn.with_logical_partitioning(scale, axes[:1]), shape[:1], jnp.float32
         ),
     )
+
+
+@jax.custom_vjp
+def _look_up(values: Float[Array, "N K"], indices: Int[Array, "*b"]) -> Float[Array, "*b K"]:
+    """The rows of `values`, with a gradient that is no scatter: products with one-hot rows."""
+    return values[indices]
+
+
+def _look_up_forward(values: Array, indices: Array) -> tuple[Array, tuple[Array, Array]]:
+    return values[indices], (indices, values)
+
+
+def _look_up_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, None]:
+    indices, values = kept[0].reshape(-1), kept[1]
+    slope = slope.reshape(-1, slope.shape[-1])
+    more = -len(indices) % min(ROWS_ADDED, len(indices))
+    indices = jnp.pad(indices, (0, more), constant_values=len(values))  # rows of zeros
+    slope = jnp.pad(slope, ((0, more), (0, 0)))
+
+    def add(total: Array, some: tuple[Array, Array]) -> tuple[Array, None]:
+        one_hot = jax.nn.one_hot(some[0], len(total), dtype=slope.dtype)
+        added = jnp.einsum(
+            "TN,TK->NK", one_hot, some[1], precision="highest", preferred_element_type=total.dtype
+        )
+        return total + added, None
+
+    parts = [x.reshape(-1, min(ROWS_ADDED, len(x)), *x.shape[1:]) for x in (indices, slope)]
+    total, _ = jax.lax.scan(add, jnp.zeros(values.shape, jnp.float32), tuple(parts))
+    return total.astype(values.dtype), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def product(x: Float[Array, "*b K"], weight: Weight, dtype=None) -> Float[Array, "*b N"]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.errors import CorruptError, InputError, UsageError
+from gemma_jax.model import determinism
 from gemma_jax.train import options as command_line
 
 MEMORY_SHARE = "0.94"  # of the device for JAX, which takes three quarters of it by itself
-DETERMINISTIC = "--xla_gpu_deterministic_ops=true"  # no atomics, and no choice of kernels by timing
 SHIPPED = "books"  # in place of a file: the public-domain books that come with the package
 PYTHON = "python"  # likewise: the source code of Python's standard library
 MOST_WORKERS = 16  # each makes from a hundred thousand tokens (many facts) to millions a second
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_SHARE)
     if options.deterministic:  # before JAX looks
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
+        determinism.ask()
     return run_command(lambda: train(options), debug=options.debug)
 
 
