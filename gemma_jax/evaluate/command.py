@@ -120,7 +120,7 @@ def check(options: argparse.Namespace) -> Subject:
         seed=options.seed,
         books=books,
         rows=options.batch_size,
-        beside=planning.side_by_side(config, options.batch_size),
+        beside=planning.rows_to_be_busy(config, options.batch_size),
     )
     grid = planning.plan(wanted, functools.partial(encode_batch, tokenizer), config.bos_id)
     model = Path(options.model) / store.MANIFEST if options.model else None

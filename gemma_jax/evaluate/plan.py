@@ -123,8 +123,8 @@ def plan(options: Options, encode_batch: EncodeBatch, bos_id: int) -> Grid:
     return grid
 
 
-def side_by_side(config: GemmaConfig, most: int) -> int:
-    """Rows, at most `most`, in which a model best reads shared haystacks."""
+def rows_to_be_busy(config: GemmaConfig, most: int) -> int:
+    """Rows, at most `most`, in which a model best reads shared haystacks: as many as keep a GPU busy."""
     weights = config.num_layers * config.width * config.mlp_dim
     return min(most, max(BUSY_WEIGHTS // weights, 1))
 

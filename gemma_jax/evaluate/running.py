@@ -16,6 +16,7 @@ import numpy as np
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.evaluate.answers import Answer, to_text
+from gemma_jax.evaluate.plan import rows_to_be_busy
 from gemma_jax.inference.decode import decode_block
 from gemma_jax.inference.pieces import PIECES_AHEAD, PIECES_IN_FLIGHT, ahead, pieces_of
 from gemma_jax.inference.prefill import default_chunk_tokens, prefill
@@ -23,6 +24,8 @@ from gemma_jax.inference.reader import peak_memory_bytes, stop_token_ids
 from gemma_jax.inference.sampling import Greedy
 from gemma_jax.inference.writing import default_block_tokens, padded_stop_ids
 from gemma_jax.model.state import State, init_state
+
+MOST_CHUNKS = 8  # that a single row takes one by one and several rows, of a small model, at once
 
 OnTokens = Callable[[int], None]
 
@@ -155,9 +158,13 @@ class Reader:
 
 
 def chunk_tokens(config: GemmaConfig, rows: int) -> int:
-    """Tokens of each row read at once, so that a batch takes about the memory of a single row."""
+    """Tokens of each row read at once: a batch takes about the memory of a single row, or, so that small
+    models keep a GPU busy, that of a few."""
     alone, length = default_chunk_tokens(config), config.memory.segment_length
-    return alone if alone < length else max(alone // rows // length, 1) * length
+    if alone < length:
+        return alone
+    few = 1 if jax.default_backend() == "cpu" else rows_to_be_busy(config, MOST_CHUNKS)
+    return min(max(few * alone // rows // length, 1) * length, alone)
 
 
 def side_by_side(

@@ -124,8 +124,8 @@ def test_shared_haystacks_of_a_length_are_read_together_and_asked_about_together
 def test_only_small_models_read_shared_haystacks_side_by_side():
     large, medium = PRESETS["gemma-2b"], PRESETS["gemma-3-270m"]
     small = dataclasses.replace(large, width=256, mlp_dim=1024, layer_types=large.layer_types[:4])
-    assert [planning.side_by_side(config, 16) for config in (large, medium, small)] == [1, 2, 16]
-    assert planning.side_by_side(small, 3) == 3
+    assert [planning.rows_to_be_busy(config, 16) for config in (large, medium, small)] == [1, 2, 16]
+    assert planning.rows_to_be_busy(small, 3) == 3
 
 
 def test_long_haystacks_are_shared_unless_the_task_cannot(plan):

@@ -1,5 +1,6 @@
 """Rows of a batch answer as single texts do, and forked States as texts read whole."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,10 +9,10 @@ import pytest
 from reference import random_params, random_tokens, tiny_config
 
 import gemma_jax
-from gemma_jax import random_model
+from gemma_jax import PRESETS, random_model
 from gemma_jax.checkpoint.store import Model
 from gemma_jax.evaluate.haystack import reach
-from gemma_jax.evaluate.running import Reader, fork, without_memory
+from gemma_jax.evaluate.running import MOST_CHUNKS, Reader, chunk_tokens, fork, without_memory
 
 LIMIT = 9
 
@@ -188,3 +189,15 @@ def test_nothing_comes_from_beyond_the_reach_of_local_attention(form, layers):
         moved = np.any(np.asarray(logits) != np.asarray(logits)[-1], axis=1)[: length - 1]
         furthest = max(furthest, length - changed[moved][0])
     assert furthest == bound
+
+
+def test_rows_of_a_small_model_are_read_in_chunks_that_keep_a_gpu_busy(monkeypatch):
+    large = PRESETS["gemma-2b"].with_memory(segment_length=128)
+    small = dataclasses.replace(large, width=256, mlp_dim=1024, layer_types=large.layer_types[:4])
+    on_cpu = [chunk_tokens(config, 4) for config in (small, large)]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    alone = chunk_tokens(large, 1)
+    assert on_cpu == [128, 128] and chunk_tokens(small, 1) == alone  # no more than alone
+    assert chunk_tokens(large, 16) * 16 == alone
+    assert chunk_tokens(small, 16) * 16 == MOST_CHUNKS * alone
+    assert chunk_tokens(small, 10_000) == 128  # a segment at least
