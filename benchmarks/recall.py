@@ -1,13 +1,17 @@
 """Makes `recall.md` and heatmaps of the records in `recall.json`: `python -m benchmarks.recall`."""
 
 import argparse
+import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from gemma_jax.benchmark.records import read, slug
 from gemma_jax.evaluate import heatmap
 from gemma_jax.evaluate.report import FULL_ATTENTION, Recall
+from gemma_jax.evaluate.statistics import wilson
 
+Cell = Sequence[Recall]  # of the same task, length and depth, each of other trials
 Series = tuple[str, str, str, str, str]  # task, model, rule, wording, haystack
 HEAD = "| tokens | depth | accuracy | 95 % interval | trials (haystacks) | chance | memory off | repeated |"
 
@@ -31,7 +35,8 @@ def page(records: Sequence[Recall], pictures: Path) -> str:
         "",
         f"Made from `{pictures.name}.json` by `python -m benchmarks.recall`. A cell marked ~ lies within"
         " the reach of local attention, and *pooled* leaves those out; intervals are Wilson's, of as"
-        " many trials as questions about shared haystacks count for (docs/evaluate.md).",
+        " many trials as questions about shared haystacks count for (docs/evaluate.md). What was measured in"
+        " pieces, of other seeds or books, counts as a whole; its commands stand below each other.",
         "",
     ]
     for series, found in by_series(records).items():
@@ -39,24 +44,59 @@ def page(records: Sequence[Recall], pictures: Path) -> str:
     return "\n".join(lines)
 
 
-def by_series(records: Sequence[Recall]) -> dict[Series, list[Recall]]:
-    """The latest record of each cell, by what belongs in one table."""
-    latest: dict[Series, dict[tuple[int, float | None], Recall]] = {}
+def by_series(records: Sequence[Recall]) -> dict[Series, list[Cell]]:
+    """The cells of each table, with the latest record of each of their trials."""
+    latest: dict[Series, dict[tuple[int, float | None], dict[str | None, Recall]]] = {}
     for record in records:
         series = (record.task, record.model, record.rule, record.forms, record.haystack or "")
-        latest.setdefault(series, {})[record.tokens, record.depth] = record
+        cell = latest.setdefault(series, {}).setdefault((record.tokens, record.depth), {})
+        cell[record.trials_sha256] = record
     return {
-        series: sorted(cells.values(), key=lambda r: (r.tokens, r.depth is None, r.depth))
+        series: [
+            list(cells[at].values())
+            for at in sorted(cells, key=lambda at: (at[0], at[1] is None, at[1]))
+        ]
         for series, cells in sorted(latest.items())
     }
 
 
-def _section(series: Series, records: list[Recall], pictures: Path) -> list[str]:
+def pooled(cell: Cell) -> Recall:
+    """A cell as a whole."""
+    if len(cell) == 1:
+        return cell[0]
+    trials = sum(record.trials for record in cell)
+
+    def mean(name: str) -> float | None:
+        values = [getattr(record, name) for record in cell]
+        if None in values:
+            return None
+        shares = zip(values, (record.trials for record in cell), strict=True)
+        return math.fsum(value * count for value, count in shares) / trials
+
+    accuracy, effective = mean("accuracy"), sum(record.effective_trials for record in cell)
+    low, high = wilson(accuracy, effective)
+    return dataclasses.replace(
+        cell[-1],
+        trials=trials,
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        effective_trials=effective,
+        baseline=mean("baseline"),
+        within_reach=any(record.within_reach for record in cell),
+        failed=sum(record.failed for record in cell),
+        haystacks=sum(record.haystacks for record in cell),
+        repeated_share=mean("repeated_share"),
+    )
+
+
+def _section(series: Series, cells: list[Cell], pictures: Path) -> list[str]:
     task, model, rule, forms, haystack = series
     how = rule if rule == FULL_ATTENTION else f"memory {rule}"
     wording = "" if forms == "classic" else f", {forms} wording"
     where = f" in {haystack}" if haystack else ""
     lines = [f"## {task}{where}: {model}, {how}{wording}", ""]
+    records, pieces = [pooled(cell) for cell in cells], [piece for cell in cells for piece in cell]
     squares = [
         heatmap.Square(r.tokens, r.depth, r.accuracy, r.within_reach)
         for r in records
@@ -70,8 +110,8 @@ def _section(series: Series, records: list[Recall], pictures: Path) -> list[str]
         lines += [f"![accuracy by length and depth]({pictures.name}/{name})", ""]
     lines += [HEAD, "|---:|---:|---:|---|---:|---:|---:|---:|"]
     lines += [_row(record) for record in records]
-    for command in dict.fromkeys(record.command for record in records):
-        made = next(record for record in records if record.command == command)
+    for command in dict.fromkeys(piece.command for piece in pieces):
+        made = next(piece for piece in pieces if piece.command == command)
         versions = ", ".join(f"{name} {version}" for name, version in made.versions.items())
         about = f"{made.device}, {made.date}, {versions}; seed {made.seed}"
         if made.trials_sha256:

@@ -9,6 +9,7 @@ from benchmarks import recall
 from gemma_jax.benchmark import records
 from gemma_jax.evaluate import heatmap
 from gemma_jax.evaluate.report import FULL_ATTENTION, SAME, Recall
+from gemma_jax.evaluate.statistics import wilson
 
 RECORD = Recall(
     model="gemma3_270m",
@@ -78,8 +79,32 @@ def test_a_cell_is_shown_as_it_was_found_last(tmp_path):
     records.append(file, [changed(accuracy=0.9)], SAME)  # the same command again
     assert [record.accuracy for record in records.read(file, Recall)] == [0.9]
     records.append(file, [changed(accuracy=0.95, command="another")], SAME)
-    (cells,) = recall.by_series(records.read(file, Recall)).values()
-    assert [record.accuracy for record in cells] == [0.95]
+    ((cell,),) = recall.by_series(records.read(file, Recall)).values()
+    assert [record.accuracy for record in cell] == [0.95]
+
+
+def test_what_was_measured_in_pieces_is_shown_as_a_whole(tmp_path):
+    file = tmp_path / "recall.json"
+    of_other_trials = changed(
+        trials=60,
+        accuracy=0.9012,
+        effective_trials=50.0,
+        baseline=0.1,
+        haystacks=4,
+        failed=1,
+        trials_sha256="cd" * 32,
+        command="python -m gemma_jax.evaluate --task passkey --seed 4",
+    )
+    records.append(file, [changed(trials_sha256="ef" * 32, tokens=4096), RECORD], SAME)
+    records.append(file, [of_other_trials], SAME)
+    recall.main([str(file)])
+    text = (tmp_path / "recall.md").read_text()
+    low, high = wilson((20 * 0.8512 + 60 * 0.9012) / 80, 66.8)
+    row = f"~0.889 | {low:.3f} to {high:.3f} | 80 (6), 1 failed | 1e-05 | 0.0875 | 12.5% |"
+    assert f"| 8,192 | 50% | {row}" in text
+    assert all(f"\n{record.command}\n" in text for record in (RECORD, of_other_trials))
+    without_control = dataclasses.replace(of_other_trials, baseline=None)
+    assert recall.pooled([RECORD, without_control]).baseline is None
 
 
 def test_the_same_squares_give_the_same_picture(tmp_path):

@@ -311,7 +311,7 @@ def test_recipes_that_come_with_the_package_are_known_by_name(tmp_path, monkeypa
     assert {what for _, what, _ in second.data} < {what for _, what, _ in found.data}
     assert (second.train, second.memory, second.slots) == ("all", "slots", 512)
     stories = options.parse(["--recipe", "demo_stories"])
-    assert (stories.slots, stories.more_questions, stories.packed) == (1024, 5, (0.8, 0.02))
+    assert (stories.slots, stories.neighbours, stories.more_questions) == (2048, 1, 5)
     adapter = options.parse(["--recipe", "adapter"])
     assert (adapter.train, adapter.rank, adapter.update_scale) == ("lora", 16, 0.7)
     Path("demo").write_text("steps = 7\n")
