@@ -42,4 +42,4 @@ def one_of(words: Iterable[str]) -> str:
     The second part of a word with a hyphen is none: `wine-cellar` is no `cellar`.
     """
     alternatives = "|".join(re.escape(word) for word in sorted(words, key=lambda w: (-len(w), w)))
-    return rf"(?<!\w)(?<!\w-)(?:{alternatives})\b"
+    return rf"(?<!\w)(?<!\w-)(?:{alternatives})(?!\w)"

@@ -47,14 +47,11 @@ def make_model(
         for name in ("segment_length", "local_attention", "write_gate", "slots", "neighbours")
     }
     settings = {name: value for name, value in settings.items() if value is not None}
-    for name in ("slots", "neighbours"):
-        if name in settings and options.memory in RULES and options.memory != "slots":
-            raise UsageError(f"Memory rule {options.memory} has no slots: leave out --{name}.")
     if options.model:
         recorded = store.read_config(options.model, memory=options.memory)
         rule = options.memory or recorded.memory.rule
         rule = DEFAULT_RULE if rule == "off" and not options.memory else rule
-        config = recorded.with_memory(rule=rule, **settings)
+        config = with_memory(recorded, rule, settings)
         if config.quantized and options.train != "memory":
             raise UsageError(
                 f"{options.model} is quantised, so only its memory can be trained: convert it without"
@@ -66,7 +63,7 @@ def make_model(
         return config, model.params, model.tokenizer, model.path
     config = PRESETS[options.preset] if options.preset else read_config(Path(options.config))
     rule = options.memory or (config.memory.rule if options.config else DEFAULT_RULE)
-    config = config.with_memory(rule=rule, **settings)
+    config = with_memory(config, rule, settings)
     config = dataclasses.replace(config, dtype=options.dtype or config.dtype, quantization=None)
     make_rule(config)
     if options.tokenizer.startswith(NEW):
@@ -86,6 +83,20 @@ def make_model(
         )
     params = jax.jit(fresh_params, static_argnums=0)(config, jax.random.key(options.seed))
     return config, params, tokenizer, home
+
+
+def with_memory(config: GemmaConfig, rule: str, settings: dict[str, Any]) -> GemmaConfig:
+    """The configuration with another memory.
+
+    Raises:
+        UsageError: slots are asked for, and the rule is one of ours that has none.
+    """
+    for name in ("slots", "neighbours"):
+        if name in settings and rule in RULES and rule != "slots":
+            raise UsageError(
+                f"Memory rule {rule} has no slots: leave out --{name}, or ask for --memory slots."
+            )
+    return config.with_memory(rule=rule, **settings)
 
 
 def new_size(tokenizer: str) -> int:

@@ -70,6 +70,9 @@ def test_words_are_whole_and_of_any_case():
     assert share_found(" bathrooms, then the bathroom", ["bathroom"], rooms) == 1.0
     assert share_found(" garden? bathroom", ["bathroom"], rooms) == 0.0
     assert share_found(" winter-garden, bathroom", ["bathroom"], rooms) == 1.0
+    shouts = one_of(["no!", "yes"])  # one ends in a sign
+    assert share_found(" No! Yes", ["no!"], shouts) == 1.0
+    assert share_found(" yesterday: no!", ["no!"], shouts) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -100,3 +100,9 @@ def test_neighbours_are_kept_as_far_as_is_asked_for(without_memory, tmp_path):
     given[given.index("slots")] = "delta"
     with pytest.raises(UsageError, match="delta has no slots: leave out --neighbours"):
         make_model(options.parse(given), [], tmp_path, lambda *_: None)
+
+
+def test_slots_are_not_taken_where_the_rule_of_the_model_has_none(without_memory, tmp_path):
+    given = ["--model", str(without_memory), "--slots", "7"]  # its rule would be the default one
+    with pytest.raises(UsageError, match="selective_delta has no slots: .*--memory slots"):
+        make_model(options.parse(given), [], tmp_path, lambda *_: None)
