@@ -38,8 +38,10 @@ SERIES = {
 }
 OTHERS = (  # pages beside this one
     "Beside this page: [recall.md](recall.md), what models recall (`gemma_jax.evaluate --record`, then"
-    " `python -m benchmarks.recall`); and [ablation.md](ablation.md), memory rules taught alike and compared"
-    " ([docs/training.md](../docs/training.md#comparing-memory-rules))."
+    " `python -m benchmarks.recall`); [ablation.md](ablation.md), memory rules taught alike and compared"
+    " ([docs/training.md](../docs/training.md#comparing-memory-rules)); and"
+    " [book_questions.json](book_questions.json), answers to questions about a book"
+    " (`python -m benchmarks.book_questions`)."
 )
 POWERS = {f"{2**i // 1000}k": 2**i for i in range(10, 24)}
 

@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import itertools
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from gemma_jax.evaluate import heatmap
 from gemma_jax.evaluate.report import FULL_ATTENTION, Recall
 from gemma_jax.evaluate.statistics import wilson
 
-Cell = Sequence[Recall]  # of the same task, length and depth, each of other trials
+Pieces = Sequence[Recall]  # of one cell, each with a seed or books of its own
 Series = tuple[str, str, str, str, str]  # task, model, rule, wording, haystack
 HEAD = "| tokens | depth | accuracy | 95 % interval | trials (haystacks) | chance | memory off | repeated |"
 
@@ -44,13 +46,13 @@ def page(records: Sequence[Recall], pictures: Path) -> str:
     return "\n".join(lines)
 
 
-def by_series(records: Sequence[Recall]) -> dict[Series, list[Cell]]:
-    """The cells of each table, with the latest record of each of their trials."""
-    latest: dict[Series, dict[tuple[int, float | None], dict[str | None, Recall]]] = {}
+def by_series(records: Sequence[Recall]) -> dict[Series, list[Pieces]]:
+    """The cells of each table, with the latest record of each seed and books."""
+    latest: dict[Series, dict[tuple[int, float | None], dict[tuple, Recall]]] = {}
     for record in records:
         series = (record.task, record.model, record.rule, record.forms, record.haystack or "")
         cell = latest.setdefault(series, {}).setdefault((record.tokens, record.depth), {})
-        cell[record.trials_sha256] = record
+        cell[record.seed, *books(record.command)] = record
     return {
         series: [
             list(cells[at].values())
@@ -60,43 +62,49 @@ def by_series(records: Sequence[Recall]) -> dict[Series, list[Cell]]:
     }
 
 
-def pooled(cell: Cell) -> Recall:
+def books(command: str) -> tuple[str, ...]:
+    """The files that a command names behind `--haystack`."""
+    words = shlex.split(command)
+    if "--haystack" not in words:
+        return ()
+    behind = words[words.index("--haystack") + 1 :]
+    return tuple(itertools.takewhile(lambda word: not word.startswith("--"), behind))
+
+
+def pooled(pieces: Pieces) -> Recall:
     """A cell as a whole."""
-    if len(cell) == 1:
-        return cell[0]
-    trials = sum(record.trials for record in cell)
+    if len(pieces) == 1:
+        return pieces[0]
+    trials = sum(piece.trials for piece in pieces)
 
-    def mean(name: str) -> float | None:
-        values = [getattr(record, name) for record in cell]
-        if None in values:
-            return None
-        shares = zip(values, (record.trials for record in cell), strict=True)
-        return math.fsum(value * count for value, count in shares) / trials
+    def mean(name: str) -> float:
+        return math.fsum(getattr(piece, name) * piece.trials for piece in pieces) / trials
 
-    accuracy, effective = mean("accuracy"), sum(record.effective_trials for record in cell)
+    accuracy, effective = mean("accuracy"), sum(piece.effective_trials for piece in pieces)
     low, high = wilson(accuracy, effective)
+    controlled = all(piece.baseline is not None for piece in pieces)
     return dataclasses.replace(
-        cell[-1],
+        pieces[-1],
         trials=trials,
         accuracy=accuracy,
         low=low,
         high=high,
         effective_trials=effective,
-        baseline=mean("baseline"),
-        within_reach=any(record.within_reach for record in cell),
-        failed=sum(record.failed for record in cell),
-        haystacks=sum(record.haystacks for record in cell),
+        baseline=mean("baseline") if controlled else None,
+        within_reach=any(piece.within_reach for piece in pieces),
+        failed=sum(piece.failed for piece in pieces),
+        haystacks=sum(piece.haystacks for piece in pieces),
         repeated_share=mean("repeated_share"),
     )
 
 
-def _section(series: Series, cells: list[Cell], pictures: Path) -> list[str]:
+def _section(series: Series, cells: list[Pieces], pictures: Path) -> list[str]:
     task, model, rule, forms, haystack = series
     how = rule if rule == FULL_ATTENTION else f"memory {rule}"
     wording = "" if forms == "classic" else f", {forms} wording"
     where = f" in {haystack}" if haystack else ""
     lines = [f"## {task}{where}: {model}, {how}{wording}", ""]
-    records, pieces = [pooled(cell) for cell in cells], [piece for cell in cells for piece in cell]
+    records, pieces = [pooled(cell) for cell in cells], list(itertools.chain(*cells))
     squares = [
         heatmap.Square(r.tokens, r.depth, r.accuracy, r.within_reach)
         for r in records

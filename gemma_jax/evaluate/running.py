@@ -25,7 +25,7 @@ from gemma_jax.inference.sampling import Greedy
 from gemma_jax.inference.writing import default_block_tokens, padded_stop_ids
 from gemma_jax.model.state import State, init_state
 
-MOST_CHUNKS = 8  # that a single row takes one by one and several rows, of a small model, at once
+MOST_CHUNKS = 8  # of a single row, that a batch of a small model reads at once
 
 OnTokens = Callable[[int], None]
 
@@ -159,7 +159,7 @@ class Reader:
 
 def chunk_tokens(config: GemmaConfig, rows: int) -> int:
     """Tokens of each row read at once: a batch takes about the memory of a single row, or, so that small
-    models keep a GPU busy, that of a few."""
+    models keep a GPU busy, that of up to MOST_CHUNKS rows."""
     alone, length = default_chunk_tokens(config), config.memory.segment_length
     if alone < length:
         return alone

@@ -3,6 +3,7 @@
 XLA then adds in one order, and chooses kernels without timing them. Two things that the model does
 otherwise do not go with it: a gradient that is scattered takes XLA a step of a loop for each row, and
 cuDNN's attention fails in the backward pass of two layers alike (openxla/xla pull request 46500).
+XLA_FLAGS is read as flags, not as the name of a file with flags.
 """
 
 import os

@@ -19,7 +19,7 @@ from gemma_jax.model import determinism
 INIT = nn.initializers.normal(0.02)
 LARGEST = 127  # of int8, which has one number more below zero than above
 ROWS_QUANTIZED = 4096  # at once
-ROWS_ADDED = 1024  # likewise, to a gradient
+ROWS_ADDED = 1024  # likewise, to a gradient; one-hot rows of 262,144 take .5 GB in bfloat16
 SCALE = "_scale"  # ends the name of the parameter that holds a matrix's scales
 
 
@@ -87,7 +87,8 @@ def declare_weight(
 
 @jax.custom_vjp
 def _look_up(values: Float[Array, "N K"], indices: Int[Array, "*b"]) -> Float[Array, "*b K"]:
-    """The rows of `values`, with a gradient that is no scatter: products with one-hot rows."""
+    """The rows of `values`, by indices from 0, with a gradient that is no scatter but products with
+    one-hot rows: as much work as another head's gradient."""
     return values[indices]
 
 
@@ -98,7 +99,8 @@ def _look_up_forward(values: Array, indices: Array) -> tuple[Array, tuple[Array,
 def _look_up_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, None]:
     indices, values = kept[0].reshape(-1), kept[1]
     slope = slope.reshape(-1, slope.shape[-1])
-    more = -len(indices) % min(ROWS_ADDED, len(indices))
+    rows = max(min(ROWS_ADDED, len(indices)), 1)
+    more = -len(indices) % rows
     indices = jnp.pad(indices, (0, more), constant_values=len(values))  # rows of zeros
     slope = jnp.pad(slope, ((0, more), (0, 0)))
 
@@ -109,7 +111,7 @@ def _look_up_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, N
         )
         return total + added, None
 
-    parts = [x.reshape(-1, min(ROWS_ADDED, len(x)), *x.shape[1:]) for x in (indices, slope)]
+    parts = [x.reshape(-1, rows, *x.shape[1:]) for x in (indices, slope)]
     total, _ = jax.lax.scan(add, jnp.zeros(values.shape, jnp.float32), tuple(parts))
     return total.astype(values.dtype), None
 

@@ -89,7 +89,7 @@ def with_memory(config: GemmaConfig, rule: str, settings: dict[str, Any]) -> Gem
     """The configuration with another memory.
 
     Raises:
-        UsageError: slots are asked for, and the rule is one of ours that has none.
+        UsageError: slots or neighbours are asked for, and the rule is one of ours without slots.
     """
     for name in ("slots", "neighbours"):
         if name in settings and rule in RULES and rule != "slots":

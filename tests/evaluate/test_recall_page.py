@@ -85,26 +85,41 @@ def test_a_cell_is_shown_as_it_was_found_last(tmp_path):
 
 def test_what_was_measured_in_pieces_is_shown_as_a_whole(tmp_path):
     file = tmp_path / "recall.json"
-    of_other_trials = changed(
+    of_another_seed = changed(
+        seed=4,
         trials=60,
         accuracy=0.9012,
         effective_trials=50.0,
         baseline=0.1,
+        within_reach=False,
+        repeated_share=0.005,
         haystacks=4,
         failed=1,
         trials_sha256="cd" * 32,
         command="python -m gemma_jax.evaluate --task passkey --seed 4",
     )
-    records.append(file, [changed(trials_sha256="ef" * 32, tokens=4096), RECORD], SAME)
-    records.append(file, [of_other_trials], SAME)
+    # The same trials among others, so that the hash of all is another.
+    again = changed(accuracy=0.5, trials_sha256="ef" * 32, command=f"{RECORD.command},copy")
+    records.append(file, [again, RECORD, of_another_seed], SAME)
     recall.main([str(file)])
     text = (tmp_path / "recall.md").read_text()
     low, high = wilson((20 * 0.8512 + 60 * 0.9012) / 80, 66.8)
-    row = f"~0.889 | {low:.3f} to {high:.3f} | 80 (6), 1 failed | 1e-05 | 0.0875 | 12.5% |"
+    row = f"~0.889 | {low:.3f} to {high:.3f} | 80 (6), 1 failed | 1e-05 | 0.0875 | 3.5% |"
     assert f"| 8,192 | 50% | {row}" in text
-    assert all(f"\n{record.command}\n" in text for record in (RECORD, of_other_trials))
-    without_control = dataclasses.replace(of_other_trials, baseline=None)
+    assert all(f"\n{record.command}\n" in text for record in (RECORD, of_another_seed))
+    without_control = dataclasses.replace(of_another_seed, baseline=None)
     assert recall.pooled([RECORD, without_control]).baseline is None
+
+
+def test_other_books_are_other_pieces(tmp_path):
+    file = tmp_path / "recall.json"
+    commands = [
+        f"{RECORD.command} --haystack {books} --baseline" for books in ("a.txt", "b.txt c.txt")
+    ]
+    found = [RECORD, *(changed(command=command) for command in commands)]
+    records.append(file, [*found, changed(command=f"{commands[1]} --batch-size 3")], SAME)
+    ((cell,),) = recall.by_series(records.read(file, Recall)).values()
+    assert [recall.books(record.command) for record in cell] == [(), ("a.txt",), ("b.txt", "c.txt")]
 
 
 def test_the_same_squares_give_the_same_picture(tmp_path):

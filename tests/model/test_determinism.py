@@ -58,7 +58,7 @@ def test_cudnn_is_left_out(monkeypatch):
     assert not cudnn_takes(256)
 
 
-@pytest.mark.parametrize("shape", [(2, 5), (3, ROWS_ADDED // 2 + 1)])
+@pytest.mark.parametrize("shape", [(2, 5), (3, ROWS_ADDED // 2 + 1), (0,)])
 def test_rows_and_their_gradient(asked, shape):
     rng = np.random.default_rng(0)
     values = rng.normal(size=(7, 4)).astype(np.float32)
