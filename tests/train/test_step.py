@@ -10,7 +10,8 @@ import pytest
 from reference import random_params, random_tokens, tiny_config
 
 import gemma_jax
-from gemma_jax.train.step import Batch, batch_loss, cross_entropy, make_optimizer, make_train_step
+from gemma_jax.train.cross_entropy import cross_entropy
+from gemma_jax.train.step import Batch, batch_loss, make_optimizer, make_train_step
 
 LENGTH = 32  # four segments
 
