@@ -9,6 +9,8 @@ from gemma_jax.text import control_tokens
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_MOST_BYTES = 4  # of a character, and so the most tokens that it can be cut into
+_MOST_HELD = 64  # tokens, of which each begins what is no character
 
 
 class StreamDecoder:
@@ -26,6 +28,7 @@ class StreamDecoder:
             int
         ] = []  # tokens already given: some decoders look at what comes before
         self._pending: list[int] = []  # tokens that end within a character (byte-level tokenizers)
+        self._begin = 0  # the pending token in which that character begins
 
     def push(self, token: int) -> str:
         """The text that became certain with this token; often one word, sometimes empty."""
@@ -63,11 +66,13 @@ class StreamDecoder:
         return _REPLACEMENT * count
 
     def _plain(self, token: int) -> str:
+        before = self._decode(self._context + self._pending)
         self._pending.append(token)
         text = self._decode(self._context + self._pending)
-        if (
-            text.endswith(_REPLACEMENT) and len(self._pending) < 4
-        ):  # no character has more than four bytes
+        if len(text) > len(before):
+            self._begin = len(self._pending) - 1  # it may end one character and begin another
+        waited = len(self._pending) - self._begin
+        if text.endswith(_REPLACEMENT) and waited < _MOST_BYTES and len(self._pending) < _MOST_HELD:
             return ""
         return self._pending_text()
 
@@ -75,7 +80,7 @@ class StreamDecoder:
         if not self._pending:
             return ""
         text = self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
-        self._context, self._pending = self._pending, []
+        self._context, self._pending, self._begin = self._pending, [], 0
         return text
 
     def _decode(self, tokens: Sequence[int]) -> str:

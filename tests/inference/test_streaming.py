@@ -57,6 +57,8 @@ def decoded(tokenizer, ids) -> list[str]:
 
 @pytest.mark.parametrize("kind", [gemma_like, byte_level, metaspace])
 @hypothesis.given(content=st.text(max_size=40))
+@hypothesis.example("𤡼À")  # the fourth token of the first character begins the second one
+@hypothesis.example("\N{REPLACEMENT CHARACTER}ăă")  # which is no half of a character here
 @hypothesis.settings(max_examples=100, deadline=None)
 def test_streaming_decode_gives_the_text_of_all_ids(kind, content):
     tokenizer = kind()
@@ -69,6 +71,13 @@ def test_a_character_comes_whole_with_its_last_byte(kind):
     tokenizer = kind()
     ids = text.encode(tokenizer, "🦀")
     assert decoded(tokenizer, ids) == [*[""] * (len(ids) - 1), "🦀", ""]
+
+
+def test_what_makes_no_character_is_not_held_for_ever():
+    tokenizer = byte_level()
+    given = decoded(tokenizer, [tokenizer.convert_tokens_to_ids("ÿ")] * 200)  # byte 0xFF
+    assert "".join(given) == "\N{REPLACEMENT CHARACTER}" * 200
+    assert len("".join(given[:-1])) > 100
 
 
 def bytes_to_ids(tokenizer, data: bytes) -> list[int]:
