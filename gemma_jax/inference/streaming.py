@@ -66,14 +66,15 @@ class StreamDecoder:
         return _REPLACEMENT * count
 
     def _plain(self, token: int) -> str:
-        before = self._decode(self._context + self._pending)
+        before = self._context + self._pending
         self._pending.append(token)
-        text = self._decode(self._context + self._pending)
-        if len(text) > len(before):
-            self._begin = len(self._pending) - 1  # it may end one character and begin another
-        waited = len(self._pending) - self._begin
-        if text.endswith(_REPLACEMENT) and waited < _MOST_BYTES and len(self._pending) < _MOST_HELD:
-            return ""
+        text = self._decode([*before, token])
+        if text.endswith(_REPLACEMENT):
+            if len(text) > len(self._decode(before)):
+                self._begin = len(self._pending) - 1  # it may end one character and begin another
+            waited = len(self._pending) - self._begin
+            if waited < _MOST_BYTES and len(self._pending) < _MOST_HELD:
+                return ""
         return self._pending_text()
 
     def _pending_text(self) -> str:

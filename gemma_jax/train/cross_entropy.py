@@ -17,27 +17,15 @@ def cross_entropy(
     *,
     softcap: float | None = None,
     rows: int = LOSS_ROWS,
-) -> Float[Array, ""]:
+) -> tuple[Float[Array, ""], Float[Array, " N"], Bool[Array, " N"]]:
     """Weighted sum of -log p(target) in nats, with the logits of `rows` tokens at a time.
 
     Products have operands of `hidden`'s dtype and float32 sums. The gradient is computed along with the
     loss, so that no logits are kept or computed twice; that of `head` is summed in float32.
-    """
-    return scored_cross_entropy(hidden, head, targets, weights, softcap=softcap, rows=rows)[0]
 
-
-def scored_cross_entropy(
-    hidden: Float[Array, "N D"],
-    head: Float[Array, "V D"],
-    targets: Int[Array, " N"],
-    weights: Float[Array, " N"],
-    *,
-    softcap: float | None = None,
-    rows: int = LOSS_ROWS,
-) -> tuple[Float[Array, ""], Float[Array, " N"], Bool[Array, " N"]]:
-    """`cross_entropy`, with -log p(target) and whether the target was the likeliest, token by token.
-
-    Only the first of the three has a gradient.
+    Returns:
+        The sum, which alone has a gradient; and token by token, -log p(target) and whether the target
+        was the likeliest.
     """
     slices = max(-(-hidden.shape[0] // rows), 1)
     pad = slices * rows - hidden.shape[0] if slices > 1 else 0

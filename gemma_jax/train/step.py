@@ -21,7 +21,7 @@ from gemma_jax.model.memory import inspect
 from gemma_jax.model.scan import Remat, forward
 from gemma_jax.model.state import State, init_state
 from gemma_jax.model.transformer import Params, abstract_params
-from gemma_jax.train.cross_entropy import scored_cross_entropy
+from gemma_jax.train.cross_entropy import cross_entropy
 
 WRITE_BIAS = "write_bias"  # what rules call the bias of their write gates
 
@@ -115,7 +115,7 @@ def score_batch(
         aligned=True,
         remat=remat,
     )
-    loss, nll, hits = scored_cross_entropy(
+    loss, nll, hits = cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         params["embedder"]["embedding" if config.tied_embeddings else "head"],
         batch.targets.reshape(-1),
