@@ -15,6 +15,7 @@ import pytest
 from teaching import add_digits, equal_trees
 
 import gemma_jax
+from gemma_jax import demo
 from gemma_jax.checkpoint import adapter as adapters
 from gemma_jax.checkpoint import store
 from gemma_jax.config import GemmaConfig
@@ -311,11 +312,19 @@ def test_recipes_that_come_with_the_package_are_known_by_name(tmp_path, monkeypa
     assert {what for _, what, _ in second.data} < {what for _, what, _ in found.data}
     assert (second.train, second.memory, second.slots) == ("all", "slots", 512)
     stories = options.parse(["--recipe", "demo_stories"])
-    assert (stories.slots, stories.neighbours, stories.more_questions) == (2048, 1, 5)
+    assert (stories.slots, stories.neighbours, stories.more_questions) == (2048, 4, 5)
     adapter = options.parse(["--recipe", "adapter"])
     assert (adapter.train, adapter.rank, adapter.update_scale) == ("lora", 16, 0.7)
     Path("demo").write_text("steps = 7\n")
     assert options.parse(["--recipe", "demo"]).steps == 7  # a file of one's own goes first
+
+
+def test_the_shipped_model_was_made_by_its_recipe():
+    made_with = json.loads((demo.MODEL / "training.json").read_text())["options"]
+    recipe = vars(options.parse(["--recipe", "demo_slots"]))
+    recipe = json.loads(json.dumps({name: recipe[name] for name in made_with}))
+    given = {"model", "minutes"}  # on the command line
+    assert {name for name in made_with if recipe[name] != made_with[name]} == given
 
 
 @pytest.mark.parametrize(
