@@ -67,7 +67,7 @@ def updated(matrix: Array, update: dict[str, Array]) -> Array:
 
 def scaled(trained: Params, factor: float) -> Params:
     """What was trained, its low-rank updates times a factor: a point on the line between a model as it
-    was and as it was tuned (Wortsman et al. 2022, equation 1).
+    was and as it was tuned (Wortsman et al. 2022, equation 1). The memory is as it was trained.
     """
     return {
         name: {**part, "b": part["b"] * factor}
@@ -77,6 +77,12 @@ def scaled(trained: Params, factor: float) -> Params:
         else part
         for name, part in trained.items()
     }
+
+
+def between(before: Params, after: Params, factor: float) -> Params:
+    """before + factor (after - before), in float32: `scaled` where everything was trained."""
+    before, after = _float32(before), _float32(after)
+    return jax.tree.map(lambda one, other: one + factor * (other - one), before, after)
 
 
 def without_memory(params: Params) -> Params:

@@ -18,6 +18,7 @@ SHIPPED = "books"  # in place of a file: the public-domain books that come with 
 PYTHON = "python"  # likewise: the source code of Python's standard library
 MOST_WORKERS = 16  # each makes from a hundred thousand tokens (many facts) to millions a second
 CARRIED_ROWS = 32  # memories kept for later sequences
+AFTERWARDS = ("update_scale",)  # options that a run may go on with otherwise, and be the same
 IDS = "ids"  # what a checkpoint calls the files of tokens that its run reads
 SHAPE = (
     "model",
@@ -73,7 +74,7 @@ def train(options: argparse.Namespace) -> None:
     if ended == "stopped":
         console.line(f"saved at step {run.progress.step}: continue with --resume.")
         return
-    write(options, output, config, run, what, home)
+    write(options, output, config, run, what, home, console)
     console.line(f"written to {output}; {directory} holds log.csv and progress.png.")
 
 
@@ -90,8 +91,12 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("There is no place for what is learnt: give --output DIR.")
     if (options.steps is None) == (options.minutes is None):
         raise UsageError("The budget is --steps N or --minutes M: give one of them.")
-    if options.update_scale != 1.0 and options.train != "lora":
-        raise UsageError("--update-scale is of low-rank updates: give it with --train lora.")
+    tuned = options.train == "lora" or (options.train == "all" and options.model)
+    if options.update_scale != 1.0 and not tuned:
+        raise UsageError(
+            "--update-scale goes back towards the model that was there before: give it with --train lora,"
+            " or with --train all and --model DIR."
+        )
     if not options.data:
         raise UsageError("There is nothing to learn from: give --data, e.g. text:book.txt.")
     scratch = not options.model
@@ -367,7 +372,7 @@ def warn_of_changes(begun_with: dict[str, Any], options: dict[str, Any], console
     options = json.loads(json.dumps(options))  # tuples are lists on disk
     for name, value in options.items():
         before = begun_with.get(name, value)  # the option may be newer than the run
-        if before == value:
+        if before == value or name in AFTERWARDS:
             continue
         option = f"--{name.replace('_', '-')}"
         if name == IDS:
@@ -401,11 +406,18 @@ def describe(run: Any, mixture: Any, what: str) -> str:
 
 
 def write(
-    options: argparse.Namespace, output: Path, config: GemmaConfig, run: Any, what: str, home: Path
+    options: argparse.Namespace,
+    output: Path,
+    config: GemmaConfig,
+    run: Any,
+    what: str,
+    home: Path,
+    console: Any,
 ) -> None:
     """Writes the checkpoint or the adapter."""
-    from gemma_jax.model.adapting import scaled
+    from gemma_jax.model.adapting import between, scaled
     from gemma_jax.train import result
+    from gemma_jax.train.start import make_model
 
     progress = run.progress
     training = {
@@ -415,7 +427,11 @@ def write(
         "options": public(options),
     }
     if what == "all":
-        result.write_model(output, config, progress.trained, home, training)
+        params = progress.trained
+        if options.update_scale != 1.0:
+            given = options, filler(options), run_directory(options), console.show
+            params = between(make_model(*given)[1], params, options.update_scale)
+        result.write_model(output, config, params, home, training)
     else:
         trained = scaled(progress.trained, options.update_scale)
         result.write_adapter(

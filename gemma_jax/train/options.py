@@ -192,7 +192,8 @@ def make_parser() -> ArgumentParser:
         1.0,
         metavar="F",
         type=positive,
-        help="low-rank updates are written times this: below 1 more of the model stays as it was",
+        help="what changed (of low-rank updates: they) is written times this: below 1 more of the model"
+        " stays as it was",
     )
     add(
         group,

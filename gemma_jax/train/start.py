@@ -58,6 +58,11 @@ def make_model(
                 " --quantize for --train " + options.train + "."
             )
         require_parameters(options, config)
+        if options.train == "all" and options.update_scale != 1.0 and rule != recorded.memory.rule:
+            raise UsageError(
+                f"{options.model} has no memory of rule {rule}, and --update-scale would go back towards"
+                " one that was taught nothing: leave it out."
+            )
         model = store.load(options.model, memory=rule, dtype=options.dtype)
         config = dataclasses.replace(model.config, memory=config.memory)
         return config, model.params, model.tokenizer, model.path

@@ -97,6 +97,30 @@ def test_only_what_is_asked_for_is_trained(command, taught, home, tmp_path, what
     assert str(home) not in json.dumps(described)
 
 
+def test_a_model_between_the_one_before_and_the_tuned_one_is_written(
+    command, taught, home, tmp_path
+):
+    given = ["--model", taught, "--train", "all", "--data", "task:digits", "--steps", 3]
+    given += ["--filler", home / "other.txt", "--segments", 4, "--tokens-per-step", 256]
+    given += ["--learning-rate", 0.01, "--warmup", 0, "--density", 30, "--data-workers", 0]
+    given += ["--output", tmp_path / "tuned"]
+
+    def made(*more):
+        done = command(*given, *more)
+        assert done.code == 0 and done.out == "" and "warning" not in done.err, done.err
+        return gemma_jax.load(tmp_path / "tuned").params
+
+    before, after = gemma_jax.load(taught).params, made()
+    half = made("--resume", "--update-scale", 0.5)
+    for one, two, found in zip(*map(jax.tree.leaves, (before, after, half)), strict=True):
+        one, two, found = (np.asarray(leaf, np.float64) for leaf in (one, two, found))
+        assert not np.array_equal(one, two)
+        rounding = 2**-7 * np.abs(one).max()
+        np.testing.assert_allclose(found, (one + two) / 2, rtol=0, atol=rounding)
+    done = command(*given, "--overwrite", "--memory", "delta", "--update-scale", 0.5)
+    assert done.code == 2 and "taught nothing" in done.err
+
+
 @pytest.fixture(scope="module")
 def carrying(scratch):
     return [*scratch, "--carry", 0.7, *SHORT]
@@ -244,7 +268,7 @@ def test_numbers_that_are_not_finite_end_the_run(command, scratch, tmp_path):
         (["--data", "task:nothing"], 2, "no task called"),
         (["--data", "text:missing.txt"], 3, "missing.txt does not exist"),
         (["--train", "lora"], 2, "needs a model"),
-        (["--update-scale", "0.5"], 2, "give it with --train lora"),
+        (["--update-scale", "0.5"], 2, "towards the model that was there before"),
         (["--filler", "missing.txt"], 3, "missing.txt does not exist"),
         (["--segments", "8:4"], 2, "out of order"),
         (["--tokens-per-step", "8"], 2, "--tokens-per-step is 8"),
