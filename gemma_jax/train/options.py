@@ -192,8 +192,8 @@ def make_parser() -> ArgumentParser:
         1.0,
         metavar="F",
         type=positive,
-        help="what changed (of low-rank updates: they) is written times this: below 1 more of the model"
-        " stays as it was",
+        help="what training changed (with lora the low-rank updates alone) is written times this: below 1"
+        " more of the model stays as it was",
     )
     add(
         group,
