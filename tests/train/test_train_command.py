@@ -334,6 +334,9 @@ def test_recipes_that_come_with_the_package_are_known_by_name(tmp_path, monkeypa
     second = options.parse(["--recipe", "demo_slots"])
     assert {what for _, what, _ in second.data} < {what for _, what, _ in found.data}
     assert (second.train, second.memory, second.slots) == ("all", "slots", 512)
+    third = options.parse(["--recipe", "demo_needles"])
+    assert {what for _, what, _ in third.data} == {what for _, what, _ in second.data}
+    assert (third.slots, third.update_scale) == (512, 0.75)
     stories = options.parse(["--recipe", "demo_stories"])
     assert (stories.slots, stories.neighbours, stories.more_questions) == (2048, 4, 5)
     adapter = options.parse(["--recipe", "adapter"])
@@ -344,7 +347,7 @@ def test_recipes_that_come_with_the_package_are_known_by_name(tmp_path, monkeypa
 
 def test_the_shipped_model_was_made_by_its_recipe():
     made_with = json.loads((demo.MODEL / "training.json").read_text())["options"]
-    recipe = vars(options.parse(["--recipe", "demo_slots"]))
+    recipe = vars(options.parse(["--recipe", "demo_needles"]))
     recipe = json.loads(json.dumps({name: recipe[name] for name in made_with}))
     given = {"model", "minutes"}  # on the command line
     assert {name for name in made_with if recipe[name] != made_with[name]} == given
