@@ -29,6 +29,7 @@ TOKENS = {
 }
 SHAPE = ("tokens", "batch_size", "chunk_tokens")  # options of which there may be several
 NEEDS_MODEL = ("load", "read")
+PROFILED = ("prefill", "decode", "train-step")
 SPEED = "_tokens_per_second"
 
 
@@ -49,19 +50,30 @@ def benchmark(options: argparse.Namespace) -> None:
     check(options)
     tasks = list(plan(options))
     report = Report(options.format)
+    try:
+        measure_all(tasks, options, report)
+    finally:  # what was measured until an error or Ctrl-C is kept
+        if options.output:
+            records.append(Path(options.output), report.records.values())
+
+
+def measure_all(
+    tasks: list[argparse.Namespace], options: argparse.Namespace, report: Report
+) -> None:
+    """Adds the figures of all tasks to the report as they come."""
     if options.ceilings and not device.is_cpu_by_choice() and tasks[0].what != ["ceilings"]:
         report.add_records(in_process_of_its_own(with_options(options, what=["ceilings"])))
     for task in tasks:
         if len(tasks) == 1 and not options.peer:
             report.add(measure(task))
             continue
-        ours = in_process_of_its_own(task)
-        report.add_records(ours)
+        ours = []
+        for record in in_process_of_its_own(task):
+            ours.append(record)
+            report.add_records([record])
         if options.peer:
             report.add_records(compare(task, ours))
     report.add_records(device.shares(report.records))
-    if options.output:
-        records.append(Path(options.output), report.records.values())
 
 
 def check(options: argparse.Namespace) -> None:
@@ -69,6 +81,11 @@ def check(options: argparse.Namespace) -> None:
     from gemma_jax.benchmark.running import read_config
     from gemma_jax.model.memory import make_rule
 
+    if options.profile:
+        if not set(options.what) <= set(PROFILED):
+            raise UsageError(f"--profile is for {', '.join(PROFILED)}: leave out the rest, or it.")
+        if Path(options.profile).exists() and not Path(options.profile).is_dir():
+            raise InputError(f"{options.profile} is a file: name a directory with --profile.")
     if options.what == ["ceilings"]:
         return
     for what in set(options.what) & set(NEEDS_MODEL):
@@ -136,13 +153,15 @@ def measure(options: argparse.Namespace) -> Iterator[Figure]:
     run = running.Run(options, *running.load(options))
     for what in sorted(options.what, reverse=True):  # prefill before decode
         yield from {"prefill": run.prefill, "decode": run.decode}[what]()
+    if options.profile:
+        run.save_profiles()
 
 
-def in_process_of_its_own(options: argparse.Namespace) -> list[Record]:
+def in_process_of_its_own(options: argparse.Namespace) -> Iterator[Record]:
     """Records of one task, measured by another process; the command they name is this one's.
 
     Raises:
-        GemmaError: what that process said.
+        GemmaError: what that process said, after what it had measured before.
     """
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "records.json"
@@ -153,10 +172,11 @@ def in_process_of_its_own(options: argparse.Namespace) -> list[Record]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        if process.returncode:
-            raise failed(process.returncode, process.stderr)
         fields = json.loads(output.read_text()) if output.exists() else []
-    return [Record(**{**field, "command": records.command()}) for field in fields]
+    told = records.command(without=records.UNRECORDED)
+    yield from (Record(**{**field, "command": told}) for field in fields)
+    if process.returncode:
+        raise failed(process.returncode, process.stderr)
 
 
 def as_arguments(options: argparse.Namespace) -> list[str]:
@@ -241,6 +261,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="do not measure what the device does at best",
     )
     parser.add_argument("--format", choices=("table", "markdown"), default="table")
+    parser.add_argument(
+        "--profile", metavar="DIR", help="then write there which kernels a GPU's time goes to"
+    )
     parser.add_argument("--output", metavar="FILE", help="adds records to this JSON file")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args(arguments)

@@ -16,6 +16,7 @@ from gemma_jax.config import PRESETS, GemmaConfig
 from gemma_jax.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax")
+UNRECORDED = {"--profile": 1}  # options that change no figure, and how many values each has
 PLAIN_MODEL = "gemma-2b"  # its figures have no model in their names
 # Decoding after so many tokens a row has no length in its name: one row in bfloat16, and others.
 PLAIN_DEPTH, OTHER_DEPTH = 10_000_000, 4096
@@ -80,7 +81,7 @@ def make_record(name: str, unit: str, repeats: list[float]) -> Record:
         value=statistics.median(repeats),
         unit=unit,
         repeats=repeats,
-        **stamp(),
+        **stamp(without=UNRECORDED),
     )
 
 

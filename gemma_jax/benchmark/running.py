@@ -2,13 +2,15 @@
 
 import argparse
 import dataclasses
+import functools
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from gemma_jax.benchmark import profile
 from gemma_jax.benchmark.device import peak_bytes, seconds
 from gemma_jax.benchmark.hlo import weight_moves
 from gemma_jax.benchmark.records import OTHER_DEPTH, PLAIN_DEPTH, Figure, figure_name, label
@@ -17,19 +19,21 @@ from gemma_jax.config import PRESETS, GemmaConfig
 
 FEW_TOKENS = 100_000  # the peak of memory after so many is compared with that at the end
 BLOCKS = 8  # of tokens, timed at least
+WARM, PROFILED = 64, 8  # pieces that are read before a profile, to warm the device, and for it
 
 
 @dataclasses.dataclass
 class Run:
     """One model that reads and writes; what was read last is what is continued.
 
-    Of `options` it uses `tokens`, `batch_size`, `chunk_tokens`, `new_tokens` and `repeats`.
+    Of `options` it uses `tokens`, `batch_size`, `chunk_tokens`, `new_tokens`, `repeats` and `profile`.
     """
 
     options: argparse.Namespace
     config: GemmaConfig
     params: Any
     reading: tuple[Any, Any] | None = None  # logits of what comes next, and State
+    profiles: list[Callable[[], None]] = dataclasses.field(default_factory=list)  # to be made
 
     def prefill(self) -> Iterator[Figure]:
         """Reading: all tokens given are read, in pieces of one shape."""
@@ -50,6 +54,7 @@ class Run:
             lengths = f"peak_ratio_{label(length)}_{label(before)}"
             ratio = name.replace(f"prefill_{label(length)}", lengths, 1)
             yield ratio, "1", [peak / peak_before]
+        self.profiles.append(lambda: self._profile_reading(name))
 
     def decode(self) -> Iterator[Figure]:
         """Writing after a text of `tokens` tokens: LM head and sampling included."""
@@ -90,6 +95,19 @@ class Run:
             yield f"{name}_peak_bytes", "bytes", [peak]
             if is_int8(self.params) and batch == 1:
                 yield "int8_peak_bytes", "bytes", [peak]
+        self.profiles.append(
+            lambda: profile.save(self.options.profile, name, block, program.as_text)
+        )
+
+    def save_profiles(self) -> None:
+        """Of what was measured, when all figures are known; the last first, as it left the State."""
+        while self.profiles:
+            self.profiles.pop()()
+
+    def _profile_reading(self, name: str) -> None:
+        self._read(WARM * self._chunk)
+        more = functools.partial(self._go_on, PROFILED * self._chunk)
+        profile.save(self.options.profile, name, more, self._reading_program)
 
     def _name(self, what: str, tokens: int | None) -> str:
         return figure_name(
@@ -108,28 +126,42 @@ class Run:
         return self.options.chunk_tokens or default_chunk_tokens(self.config)
 
     def _read(self, length: int) -> float:
-        """Seconds to read `length` fresh tokens a row."""
-        from gemma_jax.inference.prefill import prefill
+        """Seconds to read `length` fresh tokens a row from their beginning."""
         from gemma_jax.model.state import init_state
 
-        batch, chunk, rng = self.options.batch_size, self._chunk, np.random.default_rng(0)
         self.reading = None  # frees the State before
-        state, waiting = init_state(self.config, batch), []
+        self.reading = None, init_state(self.config, self.options.batch_size)
         start = time.perf_counter()
+        self._go_on(length)
+        elapsed = time.perf_counter() - start
+        assert np.all(np.asarray(self.reading[1].length) == length)
+        return elapsed
+
+    def _go_on(self, length: int) -> None:
+        """Reads `length` more tokens a row, and waits for the last logits."""
+        from gemma_jax.inference.prefill import prefill
+
+        batch, chunk, rng = self.options.batch_size, self._chunk, np.random.default_rng(0)
+        options = {"config": self.config, "chunk_tokens": chunk}
+        (_, state), self.reading, waiting = self.reading, None, []
         for at in range(0, length, chunk):
             tokens = rng.integers(0, self.config.vocab_size, (batch, chunk), dtype=np.int32)
             lengths = np.full(batch, min(chunk, length - at), np.int32)
-            logits, state = prefill(
-                self.params, tokens, state, config=self.config, lengths=lengths, chunk_tokens=chunk
-            )
+            logits, state = prefill(self.params, tokens, state, lengths=lengths, **options)
             waiting.append(logits)
             if len(waiting) > 2:
                 waiting.pop(0).block_until_ready()
         assert np.isfinite(np.asarray(logits)).all()
-        elapsed = time.perf_counter() - start
-        assert np.all(np.asarray(state.length) == length)
         self.reading = logits, state
-        return elapsed
+
+    def _reading_program(self) -> str:
+        """The optimised HLO module that reads a piece."""
+        from gemma_jax.inference.prefill import prefill
+
+        batch, chunk = self.options.batch_size, self._chunk
+        tokens, lengths = np.zeros((batch, chunk), np.int32), np.full(batch, chunk, np.int32)
+        options = {"config": self.config, "lengths": lengths, "chunk_tokens": chunk}
+        return prefill.lower(self.params, tokens, self.reading[1], **options).compile().as_text()
 
 
 def is_int8(params: Any) -> bool:
@@ -166,6 +198,8 @@ def read_config(options: argparse.Namespace) -> GemmaConfig:
 
 def load(options: argparse.Namespace) -> tuple[GemmaConfig, Any]:
     """A converted model, or random weights made on the device, with live memory gates."""
+    if options.profile:
+        profile.check()
     keep_compiled_programs()
     config = read_config(options)
     if options.model:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_jax.benchmark import profile
 from gemma_jax.benchmark.device import peak_bytes, seconds
 from gemma_jax.benchmark.records import Figure, figure_name
 from gemma_jax.benchmark.running import random_params, read_config
@@ -27,6 +28,8 @@ def train_step(options: argparse.Namespace) -> Iterator[Figure]:
 
     from gemma_jax.train.step import Batch, make_optimizer, make_train_step
 
+    if options.profile:
+        profile.check()
     keep_compiled_programs()
     config, batch, length = read_config(options), options.batch_size, options.tokens
     params = random_params(config)
@@ -62,3 +65,5 @@ def train_step(options: argparse.Namespace) -> Iterator[Figure]:
     yield f"{name}_mfu", "1", [w / PEAK_FLOPS for w in work]
     if peak := peak_bytes():
         yield f"{name}_peak_bytes", "bytes", [peak]
+    if options.profile:
+        profile.save(options.profile, name, run, program.as_text)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gemma_jax import PRESETS, random_model
-from gemma_jax.benchmark import command, device, files, peer, records, running
+from gemma_jax.benchmark import command, device, files, peer, profile, records, running
 from gemma_jax.checkpoint import store
 from gemma_jax.errors import GemmaError, InputError, UsageError
 from gemma_jax.inference import console
@@ -49,6 +49,20 @@ def test_reading_then_writing_in_one_run(checkpoint, tmp_path, capsys):
     assert len(found[f"{decode}_tokens_per_second"].repeats) == 8
     shown = capsys.readouterr().out
     assert f"| {speed.name} | {speed.value:,.5g} | tokens/s |" in shown and "| --- |" in shown
+
+
+@pytest.mark.parametrize("error", [GemmaError("stopped"), KeyboardInterrupt()], ids=type)
+def test_what_was_measured_before_an_error_is_kept(checkpoint, tmp_path, monkeypatch, error):
+    def decode(self):
+        raise error
+
+    monkeypatch.setattr(running.Run, "decode", decode)
+    file = tmp_path / "records.json"
+    arguments = ["prefill", "decode", "--model", checkpoint, "--tokens", "64", "--repeats", "1"]
+    assert command.main([*arguments, "--output", str(file)]) != 0
+    assert f"{NAME}_prefill_64_off_float32_tokens_per_second" in {
+        r.name for r in records.read(file)
+    }
 
 
 def test_int8_weights_are_named(monkeypatch, tmp_path):
@@ -205,6 +219,8 @@ def test_the_peer_has_the_same_shape(preset):
         (["train-step", "--preset", "gemma-2b", "--quantize", "int8"], 2, "--quantize"),
         (["train-step", "--preset", "gemma-2b", "--peer", "hf"], 2, "prefill and decode alone"),
         (["prefill", "--preset", "gemma-2b", "--output", "no/where.json"], 3, "--output"),
+        (["ceilings", "--profile", "pages"], 2, "--profile is for prefill, decode, train-step"),
+        (["prefill", "--preset", "gemma-2b", "--profile", __file__], 3, "name a directory"),
     ],
 )
 def test_wrong_options_are_one_sentence_before_anything_is_measured(
@@ -246,6 +262,72 @@ def test_the_ceilings_come_first_and_from_a_process_of_their_own(monkeypatch):
     assert "8192" in asked[2] and "2048" in asked[3]
     again = command.parse(asked[2])
     assert again.tokens == [8192] and again.preset == "gemma-2b" and again.repeats == 3
+
+
+def test_what_another_process_had_measured_is_kept(checkpoint, tmp_path, capsys):
+    file = tmp_path / "records.json"
+    arguments = ["prefill", "decode", "--model", checkpoint, "--tokens", "64", "32"]
+    arguments += ["--repeats", "1", "--new-tokens", str(2**62)]  # more than decoding takes
+    assert command.main([*arguments, "--output", str(file)]) != 0
+    assert "error: " in capsys.readouterr().err
+    names = {record.name for record in records.read(file)}
+    assert f"{NAME}_prefill_64_off_float32_tokens_per_second" in names
+
+
+def profiled(monkeypatch, call):
+    """`call` with a profiler that sees one kernel; the calls that were profiled."""
+    seen = []
+
+    def record(call):
+        seen.append(call())
+        return [profile.Kernel("product", 0.0, 1e-3)]
+
+    monkeypatch.setattr(profile, "check", lambda: None)
+    monkeypatch.setattr(profile, "record", record)
+    call()
+    return seen
+
+
+def test_profiles_come_after_the_figures_and_change_none(checkpoint, tmp_path, monkeypatch):
+    lengths = []
+    block = running.Run.decode
+
+    def decode(self):
+        lengths.append(int(self.reading[1].length[0]))
+        yield from block(self)
+
+    monkeypatch.setattr(running.Run, "decode", decode)
+    file, pages = tmp_path / "records.json", tmp_path / "profiles"
+    arguments = [
+        "prefill",
+        "decode",
+        "--model",
+        checkpoint,
+        "--tokens",
+        "72",
+        "--chunk-tokens",
+        "32",
+    ]
+    arguments += ["--repeats", "1", "--new-tokens", "2", "--profile", str(pages)]
+    found = {}
+    seen = profiled(monkeypatch, lambda: found.update(measured(arguments, file)))
+    assert len(seen) == 2 and lengths == [72]
+    names = {f"{NAME}_{what}_72_off_float32_chunk32" for what in ("prefill", "decode")}
+    assert {page.name for page in pages.iterdir()} == {f"{name}.md" for name in names}
+    assert all("`product`" in page.read_text() for page in pages.iterdir())
+    assert {f"{name}_tokens_per_second" for name in names} <= set(found)
+    assert not any("--profile" in record.command for record in found.values())
+
+
+def test_a_step_of_training_is_profiled(monkeypatch, tmp_path):
+    changes = {"vocab_size": 50, "width": 16, "mlp_dim": 24, "num_heads": 2, "head_dim": 8}
+    tiny = dataclasses.replace(PRESETS["gemma-2b"], layer_types=("global",), **changes)
+    monkeypatch.setitem(PRESETS, "gemma-2b", tiny)
+    arguments = ["train-step", "--preset", "gemma-2b", "--memory", "gated_delta", "--tokens", "64"]
+    arguments += ["--segment-length", "16", "--repeats", "1", "--profile", str(tmp_path)]
+    assert len(profiled(monkeypatch, lambda: command.main(arguments))) == 1
+    (page,) = tmp_path.iterdir()
+    assert "train_step_" in page.name and "`product`" in page.read_text()
 
 
 @pytest.mark.parametrize("code, kind", [(2, UsageError), (3, InputError), (77, GemmaError)])
