@@ -345,12 +345,17 @@ def test_recipes_that_come_with_the_package_are_known_by_name(tmp_path, monkeypa
     assert options.parse(["--recipe", "demo"]).steps == 7  # a file of one's own goes first
 
 
-def test_the_shipped_model_was_made_by_its_recipe():
-    made_with = json.loads((demo.MODEL / "training.json").read_text())["options"]
-    recipe = vars(options.parse(["--recipe", "demo_needles"]))
-    recipe = json.loads(json.dumps({name: recipe[name] for name in made_with}))
+@pytest.mark.parametrize("recipe", ["demo_needles", "adapter"])
+def test_what_is_shipped_was_made_by_its_recipe(recipe):
+    if recipe == "adapter":
+        shipped = Path(adapters.__file__).parents[1] / "adapters" / "gemma-3-270m"
+        made_with = adapters.read(shipped, with_params=False).training["options"]
+    else:
+        made_with = json.loads((demo.MODEL / "training.json").read_text())["options"]
+    found = vars(options.parse(["--recipe", recipe]))
+    found = json.loads(json.dumps({name: found[name] for name in made_with}))
     given = {"model", "minutes"}  # on the command line
-    assert {name for name in made_with if recipe[name] != made_with[name]} == given
+    assert {name for name in made_with if found[name] != made_with[name]} == given
 
 
 @pytest.mark.parametrize(
