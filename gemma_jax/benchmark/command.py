@@ -29,7 +29,7 @@ TOKENS = {
 }
 SHAPE = ("tokens", "batch_size", "chunk_tokens")  # options of which there may be several
 NEEDS_MODEL = ("load", "read")
-PROFILED = ("prefill", "decode", "train-step")
+CAN_BE_PROFILED = ("prefill", "decode", "train-step")
 SPEED = "_tokens_per_second"
 
 
@@ -82,8 +82,10 @@ def check(options: argparse.Namespace) -> None:
     from gemma_jax.model.memory import make_rule
 
     if options.profile:
-        if not set(options.what) <= set(PROFILED):
-            raise UsageError(f"--profile is for {', '.join(PROFILED)}: leave out the rest, or it.")
+        if not set(options.what) <= set(CAN_BE_PROFILED):
+            raise UsageError(
+                f"--profile is for {', '.join(CAN_BE_PROFILED)}: leave out the rest, or it."
+            )
         if Path(options.profile).exists() and not Path(options.profile).is_dir():
             raise InputError(f"{options.profile} is a file: name a directory with --profile.")
     if options.what == ["ceilings"]:
