@@ -39,9 +39,10 @@ SERIES = {
 OTHERS = (  # pages beside this one
     "Beside this page: [recall.md](recall.md), what models recall (`gemma_jax.evaluate --record`, then"
     " `python -m benchmarks.recall`); [ablation.md](ablation.md), memory rules taught alike and compared"
-    " ([docs/training.md](../docs/training.md#comparing-memory-rules)); and"
+    " ([docs/training.md](../docs/training.md#comparing-memory-rules));"
     " [book_questions.json](book_questions.json), answers to questions about a book"
-    " (`python -m benchmarks.book_questions`)."
+    " (`python -m benchmarks.book_questions`); and [profiles](profiles), by which kernels the time of a"
+    " figure went (`--profile`)."
 )
 POWERS = {f"{2**i // 1000}k": 2**i for i in range(10, 24)}
 
