@@ -175,7 +175,8 @@ def load(path: str | Path, model: Any, *, verify: bool = True) -> Memory:
     """
     import jax
 
-    from gemma_jax.model.state import default_device, init_state
+    from gemma_jax.model.device import default_device
+    from gemma_jax.model.state import init_state
 
     path = _path(path)
     content, arrays = _read(path, verify)

@@ -115,7 +115,7 @@ def load(
     import jax
 
     from gemma_jax.checkpoint import adapter as adapters
-    from gemma_jax.model.state import default_device
+    from gemma_jax.model.device import default_device
     from gemma_jax.model.transformer import abstract_params, init_memory_params
     from gemma_jax.text import load_tokenizer
 
@@ -155,7 +155,7 @@ def load_params(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     import jax
     from orbax.checkpoint import v1 as ocp
 
-    from gemma_jax.model.state import default_device
+    from gemma_jax.model.device import default_device
 
     place = jax.sharding.SingleDeviceSharding(default_device())
     abstract = jax.tree.map(

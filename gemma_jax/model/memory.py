@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool
 from gemma_jax.config import GLOBAL, GemmaConfig
 from gemma_jax.errors import GemmaError, UsageError
 from gemma_jax.model import kernels
-from gemma_jax.model.delta import EPS, delta_map, einsum, l2_normalize
+from gemma_jax.model.delta import EPS, delta_map, einsum, l2_normalize, matrix_einsum
 from gemma_jax.model.rule import Features, Memory, MemoryRule, Parameter, Params
 from gemma_jax.model.slots import Slots
 
@@ -46,7 +46,7 @@ class Linear(MemoryRule):
     def read(self, p, memory, q, attended):
         def plain(q, attended, M, z, weight):
             phi = elu_plus_one(self.grouped(q))
-            found = einsum("BTKGF,BKFC->BTKGC", phi, M)
+            found = matrix_einsum("BTKGF,BKFC->BTKGC", phi, M)
             found = _divide(found, einsum("BTKGF,BKF->BTKG", phi, z)).reshape(attended.shape)
             weight = weight[:, None]
             return (weight * found + (1.0 - weight) * attended).astype(attended.dtype)
@@ -62,7 +62,7 @@ class Linear(MemoryRule):
     def prepare(self, features, mask):
         phi = elu_plus_one(features["key"]) * mask[..., None, None]
         value = features["value"].astype(jnp.float32)
-        return {"M": einsum("BSKF,BSKC->BKFC", phi, value), "z": phi.sum(axis=1)}
+        return {"M": matrix_einsum("BSKF,BSKC->BKFC", phi, value), "z": phi.sum(axis=1)}
 
     def write(self, memory, features, mask):
         return {name: memory[name] + features[name] for name in memory}
@@ -83,10 +83,10 @@ class Delta(Linear):
 
     def write(self, memory, features, mask):
         phi = features["phi"]
-        found = einsum("BSKF,BKFC->BSKC", phi, memory["M"])
+        found = matrix_einsum("BSKF,BKFC->BSKC", phi, memory["M"])
         value = features["value"] - _divide(found, einsum("BSKF,BKF->BSK", phi, memory["z"]))
         return {
-            "M": memory["M"] + einsum("BSKF,BSKC->BKFC", phi, value),
+            "M": memory["M"] + matrix_einsum("BSKF,BSKC->BKFC", phi, value),
             "z": memory["z"] + phi.sum(axis=1),
         }
 
@@ -128,7 +128,7 @@ class GatedDelta(MemoryRule):
 
     def read(self, p, memory, q, attended):
         def plain(q, attended, M, gate):
-            found = einsum("BTKGF,BKFC->BTKGC", l2_normalize(self.grouped(q)), M)
+            found = matrix_einsum("BTKGF,BKFC->BTKGC", l2_normalize(self.grouped(q)), M)
             found = found * jax.lax.rsqrt(jnp.mean(found**2, axis=-1, keepdims=True) + EPS)
             found = gate[:, None] * found.reshape(attended.shape)
             return (attended + found).astype(attended.dtype)
@@ -148,7 +148,7 @@ class GatedDelta(MemoryRule):
 
     def write(self, memory, features, mask):
         return {
-            "M": einsum("BKFG,BKGC->BKFC", features["keep"], memory["M"]) + features["add"],
+            "M": matrix_einsum("BKFG,BKGC->BKFC", features["keep"], memory["M"]) + features["add"],
             "written": memory["written"] + features["written"],
             "offered": memory["offered"] + mask.sum(axis=1, dtype=jnp.float32)[:, None],
         }
@@ -172,7 +172,7 @@ class SelectiveDelta(GatedDelta):
         }
 
     def read(self, p, memory, q, attended):
-        found = einsum("BTKGF,BKFC->BTKGC", l2_normalize(self.grouped(q)), memory["M"])
+        found = matrix_einsum("BTKGF,BKFC->BTKGC", l2_normalize(self.grouped(q)), memory["M"])
         logit = einsum("BTHC,HC->BTH", q.astype(jnp.float32), p["read_kernel"]) + p["read_bias"]
         gate = p["gate"] * jax.nn.sigmoid(logit)
         return (attended + gate[..., None] * found.reshape(attended.shape)).astype(attended.dtype)

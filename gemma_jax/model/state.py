@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from gemma_jax.config import GLOBAL, SLIDING, GemmaConfig
 from gemma_jax.model import memory as memory_lib
+from gemma_jax.model.device import default_device
 
 HISTORY_MULTIPLE = 64  # a sliding layer's history is rounded up to it: kernels like even sizes
 
@@ -95,12 +96,6 @@ def init_state(config: GemmaConfig, batch_size: int = 1) -> State:
     state = State(*counts, layers=tuple(layer(kind) for kind in config.layer_types))
     # Committed to its device as the State that a jitted function returns: it compiles only once.
     return jax.device_put(state, default_device())
-
-
-def default_device() -> jax.Device:
-    """Where parameters are loaded and a State begins."""
-    device = jax.config.jax_default_device or jax.local_devices()[0]
-    return jax.devices(device)[0] if isinstance(device, str) else device
 
 
 def state_bytes(config: GemmaConfig, batch_size: int = 1) -> int:

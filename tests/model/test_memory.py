@@ -18,7 +18,8 @@ from reference import (
 
 import gemma_jax
 from gemma_jax.errors import UsageError
-from gemma_jax.model.delta import delta_map, solve
+from gemma_jax.model import kernels
+from gemma_jax.model.delta import delta_map, matrix_einsum, solve
 from gemma_jax.model.memory import MemoryRule, make_rule, write_segments
 
 LONG = 200  # more than three blocks of the chunked delta rule
@@ -275,3 +276,16 @@ def test_a_rule_that_remembers_nothing_still_reads(tmp_path):
     assert not jax.tree.leaves([layer.memory for layer in state.layers])
     plain = all_logits(params, tokens, config)
     assert np.abs(all_logits(params, tokens, negative) - plain).max() > 1e-3
+
+
+def test_products_of_matrices_are_exact_on_tensor_cores(monkeypatch):
+    """Never in one pass of TF32, the GPU's default; no product is run."""
+
+    def written(capability):
+        monkeypatch.setattr(kernels, "compute_capability", lambda: capability)
+        x = jax.ShapeDtypeStruct((2, 4, 4), jnp.float32)
+        product = jax.jit(lambda x, y: matrix_einsum("bij,bjk->bik", x, y))
+        return product.trace(x, x).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "num_primitive_operations = 3" in written(kernels.AMPERE)
+    assert "HIGHEST" in written(7)

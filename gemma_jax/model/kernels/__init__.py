@@ -10,13 +10,15 @@ from collections.abc import Callable
 
 import jax
 
+from gemma_jax.model.device import default_device
+
 AMPERE, HOPPER = 8, 9  # compute capabilities
 CUDA = 13_000  # the first version the kernels were measured with; some before it miscompile masks
 
 
 def compute_capability() -> int:
     """Of the NVIDIA GPU that programs run on; 0 where there is none."""
-    device = jax.local_devices()[0]
+    device = default_device()
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return 0
     return int(device.compute_capability.split(".")[0])
@@ -26,7 +28,7 @@ def wanted() -> bool:
     """Whether the kernels are to be used here."""
     if os.environ.get("GEMMA_JAX_KERNELS", "on") == "off" or compute_capability() != HOPPER:
         return False
-    version = re.search(r"cuda (\d+)", jax.local_devices()[0].client.platform_version)
+    version = re.search(r"cuda (\d+)", default_device().client.platform_version)
     return version is None or int(version[1]) >= CUDA
 
 
