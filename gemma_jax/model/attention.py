@@ -21,6 +21,7 @@ from gemma_jax.model.state import Span
 
 Heads = Float[Array, "B T H C"]
 KVHeads = Float[Array, "B J K C"]
+Tables = tuple[Array | np.ndarray, Array | np.ndarray]  # cosines and sines
 MASKED = -1e30
 CUDNN_KEY_MULTIPLE = 64
 
@@ -86,23 +87,21 @@ def local_attention(
     rows = functools.partial(rope_rows, rope, q.shape[-1], end)
     keys = rotate(keys, *rows(1, end))
     if span.whole_segments:
-        q = rotate(q, *rows(history + 1, history + 1 + span.slots))
+        tables = rows(history + 1, history + 1 + span.slots)
     else:
         positions = jnp.arange(span.slots) + history + 1
         positions = jnp.minimum(positions + span.fill[:, None], keys.shape[1])
-        q = rotate(q, *(jnp.asarray(table)[positions] for table in rows(0, end)))
+        tables = tuple(jnp.asarray(table)[positions] for table in rows(0, end))
     if sink is not None:
         # The sink stands just before the window, for each of the windows.
         at = np.arange(span.num_segments) * span.segment_length
-        tables = (table[at] for table in rows(0, end))
-        sink = rotate(sink[0].repeat(len(at), 1), *tables), sink[1]
+        sink = rotate(sink[0].repeat(len(at), 1), *(table[at] for table in rows(0, end))), sink[1]
 
-    attention = functools.partial(
-        _attention_by_masks, history=history, window=window, scale=scale, softcap=softcap
-    )
+    options = {"tables": tables, "history": history, "scale": scale}
+    attention = functools.partial(_attention_by_masks, window=window, softcap=softcap, **options)
     plain = (window, softcap, q.dtype) == (None, None, jnp.bfloat16) and sink is not None
     if plain and _kernel_takes(span, history, q.shape[-1]):
-        kernel = functools.partial(_attention_by_kernel, history=history, scale=scale)
+        kernel = functools.partial(_attention_by_kernel, **options)
         attention = kernels.with_gradient_of(attention, kernel)
     return attention(q, keys, values, sink, span)
 
@@ -114,12 +113,14 @@ def _attention_by_masks(
     sink: tuple[Float[Array, "B N K C"], KVHeads] | None,
     span: Span,
     *,
+    tables: Tables,
     history: int,
     window: int | None,
     scale: float,
     softcap: float | None,
 ) -> Heads:
-    """Attention of each segment over its window cut out of the streams."""
+    """Attention of each segment over its window cut out of the streams; `tables` rotate the queries."""
+    q = rotate(q, *tables)
     starts = [n * span.segment_length for n in range(span.num_segments)]
     if span.whole_segments:
         length = history + span.segment_length
@@ -165,27 +166,21 @@ def _attention_by_kernel(
     sink: tuple[Float[Array, "B N K C"], KVHeads],
     span: Span,
     *,
+    tables: Tables,
     history: int,
     scale: float,
 ) -> Heads:
     """The same without cutting and masking."""
     from gemma_jax.model.kernels import attention as kernel
 
-    sink_keys, sink_values = sink
-    batch, kv_heads = keys.shape[0], keys.shape[2]
-    grouped = q.reshape(batch, span.num_segments, span.segment_length, kv_heads, -1, q.shape[-1])
-    scores = scale * jnp.einsum(
-        "BNSKGC,BNKC->BKGNS", grouped, sink_keys, preferred_element_type=jnp.float32
-    )
-    seen = _sink_is_seen(span, history)[:, None, None, :, None]
-    scores = jnp.where(seen, scores, kernel.NOTHING).reshape(batch, q.shape[2], -1)
     return kernel.segment_attention(
         q,
         keys,
         values,
-        scores,
-        sink_values[:, 0],
-        jnp.maximum(history - span.past, 0),
+        *tables,
+        sink[0],
+        sink[1][:, 0],
+        span.past,
         segment_length=span.segment_length,
         scale=scale,
     )

@@ -94,9 +94,9 @@ def geglu(x: Float[Array, "B T D"], gate_up: Weight) -> Float[Array, "B T M"]:
 
     if x.dtype != jnp.bfloat16 or not kernels.wanted():
         return plain(x, gate_up)
-    from gemma_jax.model.kernels import geglu as kernel
+    from gemma_jax.model.kernels import products as kernel
 
-    if not kernel.takes(math.prod(tokens), width, mlp_dim):
+    if not kernel.takes(math.prod(tokens), width, 2 * mlp_dim):
         return plain(x, gate_up)
 
     def fused(x: Array, gate_up: Weight) -> Array:

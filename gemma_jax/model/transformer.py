@@ -29,7 +29,7 @@ from gemma_jax.model.state import (
     past_limit,
     settle,
 )
-from gemma_jax.model.weights import Weight, declare_weight, product
+from gemma_jax.model.weights import Weight, declare_weight, product, product_apart
 
 Params = dict[str, Any]
 LOSSES = "losses"  # the collection that layers sow their memory's `write_loss` into
@@ -78,9 +78,8 @@ class Attention(nn.Module):
         qkv = matrix("qkv", ("heads", "embed"), (heads + 2 * kv_heads) * dim, config.width)
         out = matrix("out", ("embed", "heads"), config.width, heads * dim)
 
-        projected = product(x, qkv)
-        projected = projected.reshape(*x.shape[:2], heads + 2 * kv_heads, dim)
-        q, k, v = jnp.split(projected, [heads, heads + kv_heads], axis=2)
+        widths = heads * dim, kv_heads * dim, kv_heads * dim
+        q, k, v = (y.reshape(*x.shape[:2], -1, dim) for y in product_apart(x, qkv, widths))
         if config.qk_norm:
             q = RMSNorm(config.norm_eps, config.dtype, "head_dim", name="query_norm")(q)
             k = RMSNorm(config.norm_eps, config.dtype, "head_dim", name="key_norm")(k)

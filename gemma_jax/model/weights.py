@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, Shaped
 
-from gemma_jax.model import determinism
+from gemma_jax.model import determinism, kernels
 
 INIT = nn.initializers.normal(0.02)
 LARGEST = 127  # of int8, which has one number more below zero than above
@@ -126,6 +126,31 @@ def product(x: Float[Array, "*b K"], weight: Weight, dtype=None) -> Float[Array,
     return jnp.einsum(
         "...K,NK->...N", x, weight.dense(x.dtype), preferred_element_type=dtype or x.dtype
     )
+
+
+def product_apart(
+    x: Float[Array, "*b K"], weight: Weight, widths: tuple[int, ...]
+) -> list[Float[Array, "*b _"]]:
+    """The columns of x W^T in arrays of these widths, one after the other."""
+
+    def plain(x: Array, weight: Weight) -> list[Array]:
+        return jnp.split(product(x, weight), np.cumsum(widths)[:-1].tolist(), axis=-1)
+
+    if x.dtype != jnp.bfloat16 or not kernels.wanted():
+        return plain(x, weight)
+    from gemma_jax.model.kernels import products as kernel
+
+    rows, width = math.prod(x.shape[:-1]), x.shape[-1]
+    if not kernel.takes_apart(rows, width, widths):
+        return plain(x, weight)
+
+    def apart(x: Array, weight: Weight) -> list[Array]:
+        found = kernel.product_apart(
+            x.reshape(rows, width), weight.dense(x.dtype), widths=tuple(widths)
+        )
+        return [part.reshape(*x.shape[:-1], -1) for part in found]
+
+    return kernels.with_gradient_of(plain, apart)(x, weight)
 
 
 def product_of_one(x: Float[Array, "*b K"], weight: Weight, dtype=None) -> Float[Array, "*b N"]:

@@ -18,9 +18,10 @@ from gemma_jax.model import attention, kernels, memory
 from gemma_jax.model.kernels import attention as attention_kernel
 from gemma_jax.model.kernels import decode as decode_kernel
 from gemma_jax.model.kernels import delta as delta_kernel
-from gemma_jax.model.kernels import geglu as geglu_kernel
+from gemma_jax.model.kernels import products as products_kernel
 from gemma_jax.model.kernels import read as read_kernel
 from gemma_jax.model.memory import make_rule
+from gemma_jax.model.rope import rope_table
 from gemma_jax.model.state import Span, init_state
 from gemma_jax.model.transformer import abstract_params
 
@@ -78,7 +79,7 @@ def test_delta_map(kind, tokens):
     "size", [1.0, 1e-3]
 )  # of what is in memory: as small as the norms' epsilon
 def test_reads(rule, group, size):
-    kv_heads, dim, tokens = 2, 64, 64
+    kv_heads, dim, tokens = 2, 64, 128
     config = tiny_config(
         rule=rule, num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=dim, dtype="bfloat16"
     )
@@ -103,10 +104,36 @@ def test_reads(rule, group, size):
 @interprets_hopper
 def test_geglu():
     x, weights = normal(0, 256, 128), 0.1 * normal(1, 512, 128)
-    assert geglu_kernel.takes(256, 128, 256)
-    found = on_simulated_hopper(geglu_kernel.geglu, x, weights, programs=3)
+    assert products_kernel.takes(256, 128, 512)
+    found = on_simulated_hopper(products_kernel.geglu, x, weights, programs=3)
     gate, up = jnp.split(x.astype(jnp.float32) @ weights.T.astype(jnp.float32), 2, axis=-1)
     assert_near(found, nn.gelu(gate, approximate=True) * up, BF16)
+
+
+@interprets_hopper
+def test_product_apart():
+    x, weights, widths = normal(0, 256, 320), normal(1, 768, 320), (384, 256, 128)
+    found = on_simulated_hopper(
+        products_kernel.product_apart, x, weights, widths=widths, programs=3
+    )
+    wanted = x.astype(jnp.float32) @ weights.T.astype(jnp.float32)
+    assert [part.shape[1] for part in found] == [*widths]
+    assert_near(jnp.concatenate(found, axis=1), wanted, BF16)
+
+
+@pytest.mark.parametrize(
+    "rows, width, widths, taken",
+    [
+        (1280, 320, (2048, 256, 256), True),
+        (1152, 320, (2048, 256, 256), False),  # 90 tiles
+        (1280, 328, (2048, 256, 256), False),
+        (1300, 320, (2048, 256, 256), False),
+        (16_384, 320, (320, 320, 128), False),  # a tile's columns belong to two arrays
+        (16_384, 320, (384, 256, 256), False),
+    ],
+)
+def test_which_products_are_written_apart(rows, width, widths, taken):
+    assert products_kernel.takes_apart(rows, width, widths) == taken
 
 
 @interprets_hopper
@@ -126,7 +153,9 @@ def test_attention(history, monkeypatch):
     past = jnp.array([10 * length, 0])
     span = Span(0 * past, past, 0 * past + length * segments, length * segments, length)
     assert attention_kernel.takes(length, history, dim)
-    options = {"history": history, "scale": dim**-0.5}
+    tables = rope_table(Rope(10_000.0), dim, history + 1 + length * segments)
+    tables = tuple(table[history + 1 :] for table in tables)
+    options = {"tables": tables, "history": history, "scale": dim**-0.5}
     args = (q, keys, values, sink, span)
     wanted = attention._attention_by_masks(*args, **options, window=None, softcap=None)
     found = on_simulated_hopper(attention._attention_by_kernel, *args, **options)
@@ -226,7 +255,7 @@ def test_a_step_of_decoding_uses_them(monkeypatch):
     wanted = written()
     assert not calls
     monkeypatch.setattr(kernels, "wanted", lambda: True)
-    for module in (attention_kernel, geglu_kernel, delta_kernel, read_kernel):
+    for module in (attention_kernel, products_kernel, delta_kernel, read_kernel):
         monkeypatch.setattr(module, "takes", lambda *args: False)
     found = written()
     jax.clear_caches()
@@ -237,9 +266,9 @@ def test_a_step_of_decoding_uses_them(monkeypatch):
 @pytest.mark.parametrize(
     "rule, used",
     [
-        ("off", {"segment_attention", "geglu"}),
-        ("linear", {"segment_attention", "geglu", "mix_linear_read"}),
-        ("gated_delta", {"segment_attention", "geglu", "delta_map", "add_normalized_read"}),
+        ("off", set()),
+        ("linear", {"mix_linear_read"}),
+        ("gated_delta", {"delta_map", "add_normalized_read"}),
     ],
 )
 def test_reading_uses_them_on_hopper(rule, used, monkeypatch):
@@ -247,32 +276,33 @@ def test_reading_uses_them_on_hopper(rule, used, monkeypatch):
     monkeypatch.setattr(kernels, "wanted", lambda: True)
     calls = set()
 
-    def spy(name, real):
+    def spy(module, name, real):
         def called(*args, **kwargs):
             calls.add(name)
-            return real(*args, **kwargs | ({"programs": 132} if name == "geglu" else {}))
+            return real(*args, **kwargs | ({"programs": 132} if module is products_kernel else {}))
 
         return called
 
     for module, name in (
         (attention_kernel, "segment_attention"),
-        (geglu_kernel, "geglu"),
+        (products_kernel, "geglu"),
+        (products_kernel, "product_apart"),
         (delta_kernel, "delta_map"),
         (read_kernel, "mix_linear_read"),
         (read_kernel, "add_normalized_read"),
     ):
-        monkeypatch.setattr(module, name, spy(name, getattr(module, name)))
+        monkeypatch.setattr(module, name, spy(module, name, getattr(module, name)))
     config = dataclasses.replace(PRESETS["gemma-2b"], layer_types=(GLOBAL, GLOBAL))
     config = config.with_memory(rule=rule, segment_length=128)
     prefill.trace(
         abstract_params(config),
-        jax.ShapeDtypeStruct((1, 256), jnp.int32),
+        jax.ShapeDtypeStruct((1, 2048), jnp.int32),
         jax.eval_shape(lambda: init_state(config)),
         config=config,
         lengths=jax.ShapeDtypeStruct((1,), jnp.int32),
-        chunk_tokens=256,
+        chunk_tokens=2048,
     )
-    assert calls == used
+    assert calls == used | {"segment_attention", "geglu", "product_apart"}
     jax.clear_caches()  # what was traced for another device must not be run on this one
 
 
@@ -322,7 +352,7 @@ def test_a_step_of_training_takes_the_gradient_of_the_plain_lines(monkeypatch):
 
     wanted = gradient()
     monkeypatch.setattr(kernels, "wanted", lambda: True)
-    for module in (attention_kernel, geglu_kernel, delta_kernel, read_kernel):
+    for module in (attention_kernel, products_kernel, delta_kernel, read_kernel):
         monkeypatch.setattr(module, "takes", lambda *args: True)
     real, used = kernels.with_gradient_of, []
 

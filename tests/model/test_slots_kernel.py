@@ -11,7 +11,7 @@ from reference import random_params, random_tokens, tiny_config
 
 from gemma_jax.model import kernels
 from gemma_jax.model.kernels import attention as attention_kernel
-from gemma_jax.model.kernels import geglu as geglu_kernel
+from gemma_jax.model.kernels import products as products_kernel
 from gemma_jax.model.kernels import ranks, slots
 from gemma_jax.model.scan import forward
 from gemma_jax.model.state import init_state
@@ -187,7 +187,7 @@ def test_a_model_reads_and_learns_with_them_as_with_the_plain_lines(monkeypatch)
 
     wanted_slopes, (wanted, kept) = gradient()
     monkeypatch.setattr(kernels, "wanted", lambda: True)
-    for module in (attention_kernel, geglu_kernel):
+    for module in (attention_kernel, products_kernel):
         monkeypatch.setattr(module, "takes", lambda *args: False)
     used = []
     for module, name in ((slots, "attend"), (ranks, "count_ahead")):

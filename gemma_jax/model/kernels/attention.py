@@ -3,16 +3,18 @@
 All segments of a step read one stream of keys [history P | slots]: a query of segment n sees the
 stream from n S on, up to itself. Nothing is cut out, masked or padded for it, and what is invisible
 is not computed. The sink enters as the softmax's first term. Mosaic GPU (Pallas): one warpgroup
-streams keys and values in, two work on 64 queries each and take turns at the tensor cores
-(FlashAttention-3, Shah et al. 2024).
+streams keys and values in, two rotate 64 queries each, work on them and take turns at the tensor
+cores (FlashAttention-3, Shah et al. 2024).
 """
 
 import functools
 import inspect
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -36,9 +38,11 @@ def segment_attention(
     q: Float[Array, "B T H C"],
     keys: Float[Array, "B L K C"],
     values: Float[Array, "B L K C"],
-    sink_scores: Float[Array, "B H T"],
+    cosine: Float[Array | np.ndarray, "T C/2"],
+    sine: Float[Array | np.ndarray, "T C/2"],
+    sink_keys: Float[Array, "B N K C"],
     sink_values: Float[Array, "B K C"],
-    first: Int[Array, " B"],
+    past: Int[Array, " B"],
     *,
     segment_length: int,
     scale: float,
@@ -46,11 +50,13 @@ def segment_attention(
     """Softmax attention; bfloat16 with float32 sums.
 
     Args:
-        q: rotated queries of whole segments.
+        q: queries of whole segments, not rotated yet.
         keys, values: the stream [history | T slots], keys rotated.
-        sink_scores: q k scale of the sink in float32, or `NOTHING` where it is not seen.
+        cosine, sine: what queries are rotated by, float32.
+        sink_keys: key of the sink, rotated as each segment sees it.
         sink_values: value of the sink.
-        first: place in the stream of the first key there is; a multiple of 64.
+        past: tokens before the slots, a multiple of 64 or more than the history: so many keys of it are
+            there, and a segment that more tokens than the history precede sees the sink.
         scale: of the scores.
     """
     batch, length, heads, dim = q.shape
@@ -59,21 +65,22 @@ def segment_attention(
     log2e = math.log2(math.e)
 
     def kernel(
-        q_ref, k_ref, v_ref, score_ref, sink_ref, first_ref, out_ref,
-        q_tiles, k_tiles, v_tiles, scores, sink, q_full, k_full, v_full, k_empty, v_empty, turn
+        q_ref, k_ref, v_ref, cosine_ref, sine_ref, sink_key_ref, sink_value_ref, past_ref, out_ref,
+        q_tiles, k_tiles, v_tiles, sinks, q_full, k_full, v_full, k_empty, v_empty, turn
     ):  # fmt: skip
         row, head = lax.axis_index("row"), lax.axis_index("head")
         warpgroup = lax.axis_index("warpgroup")
         kv_head = lax.div(head, jnp.int32(group))
         tile = lax.axis_index("tile") * (COMPUTE * QUERIES)
-        begin = lax.div(tile, jnp.int32(segment_length)) * segment_length
-        begin = lax.div(lax.max(begin, first_ref[row]), jnp.int32(KEYS))  # in steps
+        segment = lax.div(tile, jnp.int32(segment_length))
+        begin = lax.max(segment * segment_length, history - past_ref[row])
+        begin = lax.div(begin, jnp.int32(KEYS))  # in steps
         end = lax.div(history + tile + COMPUTE * QUERIES, jnp.int32(KEYS))
         steps = end - begin
         plain = steps - COMPUTE * QUERIES // KEYS  # steps of which every query sees all keys
 
         @pl.when(warpgroup == COMPUTE)
-        def load():
+        def load_tiles():
             plgpu.set_max_registers(40, action="decrease")
 
             @pl.loop(0, steps)
@@ -104,15 +111,36 @@ def segment_attention(
             own = pl.ds(start, QUERIES)
             arrived = q_full.at[warpgroup]
             plgpu.copy_gmem_to_smem(q_ref.at[row, own, head], q_tile, arrived)
-            plgpu.copy_gmem_to_smem(score_ref.at[row, head, own], scores.at[warpgroup], arrived)
-            plgpu.copy_gmem_to_smem(sink_ref.at[row, kv_head], sink.at[warpgroup], arrived)
+            sink_key, sink_value = sinks.at[warpgroup, 0], sinks.at[warpgroup, 1]
+            plgpu.copy_gmem_to_smem(sink_key_ref.at[row, segment, kv_head], sink_key, arrived)
+            plgpu.copy_gmem_to_smem(sink_value_ref.at[row, kv_head], sink_value, arrived)
+            cosine, sine = (
+                load(ref.at[own], plgpu.Layout.WGMMA, optimized=False)
+                for ref in (cosine_ref, sine_ref)
+            )
             plgpu.barrier_wait(arrived)
 
             by_row, by_column = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-            best = _load(scores.at[warpgroup], by_row) * log2e
+
+            def of_sink(ref, columns):
+                return lax.broadcast_in_dim(load(ref, by_column), (QUERIES, columns), (1,))
+
+            halves = [pl.ds(at, dim // 2) for at in (0, dim // 2)]
+            a, b = (load(q_tile.at[:, half], plgpu.Layout.WGMMA) for half in halves)
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+            found = 0.0
+            for half, rotated in zip(
+                halves, (a * cosine - b * sine, b * cosine + a * sine), strict=True
+            ):
+                rotated = rotated.astype(q.dtype)
+                q_tile[:, half] = rotated
+                product = rotated.astype(jnp.float32) * of_sink(sink_key.at[half], dim // 2)
+                found += product.sum(axis=1)
+            plgpu.commit_smem()
+            seen = past_ref[row] + segment * segment_length > history
+            best = found * (scale * log2e) + jnp.where(seen, 0.0, NOTHING)
             total = plgpu.layout_cast(jnp.full((QUERIES,), 1.0, jnp.float32), by_row)
-            out = _load(sink.at[warpgroup], by_column)
-            out = lax.broadcast_in_dim(out, (QUERIES, dim), (1,))
+            out = of_sink(sink_value, dim)
             plgpu.barrier_wait(k_full.at[0])
             pl.when(warpgroup == 1)(take_turns)
 
@@ -174,8 +202,7 @@ def segment_attention(
             tiles_of(COMPUTE, QUERIES),
             tiles_of(STAGES, KEYS),
             tiles_of(STAGES, KEYS),
-            plgpu.SMEM((COMPUTE, QUERIES), jnp.float32),
-            plgpu.SMEM((COMPUTE, dim), jnp.float32),
+            plgpu.SMEM((COMPUTE, 2, dim), jnp.float32),
             plgpu.Barrier(num_arrivals=3, num_barriers=COMPUTE),
             *[plgpu.Barrier(num_barriers=STAGES)] * 2,
             *[plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES)] * 2,
@@ -191,7 +218,16 @@ def segment_attention(
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, keys, values, sink_scores, sink_values.astype(jnp.float32), first)
+    )(
+        q,
+        keys,
+        values,
+        jnp.asarray(cosine),
+        jnp.asarray(sine),
+        sink_keys.astype(jnp.float32),
+        sink_values.astype(jnp.float32),
+        past,
+    )
 
 
 def _accumulate(out, weight, values, meanwhile):
@@ -204,6 +240,7 @@ def _accumulate(out, weight, values, meanwhile):
     return pl.run_state(add)(plgpu.ACC.init(out))
 
 
-def _load(ref, layout):
+def load(ref: Any, layout: Any, **options: Any) -> Any:
+    """An array in registers, laid out as asked."""
     index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # before jax 0.12
-    return plgpu.load(ref, *index, layout=layout)
+    return plgpu.load(ref, *index, layout=layout, **options)

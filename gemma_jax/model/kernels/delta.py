@@ -63,7 +63,7 @@ def delta_map(
         in_specs=[of_block(key_dim), of_block(), of_block()],
         out_specs=of_block(BLOCK),
         out_shape=jax.ShapeDtypeStruct((number, blocks * BLOCK, BLOCK), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=4),
+        compiler_params=plgpu.CompilerParams(num_warps=2),
         interpret=interpret,
     )(key, inverse_length, gate)
     # Three passes of the tensor cores are as exact as float32; CPUs do not know them.

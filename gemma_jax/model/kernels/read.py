@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-ROWS = 64  # query heads of tokens, of a program
-DEPTH = 64  # of one step of the product
+ROWS = 128  # query heads of tokens, of a program
+DEPTH = 16  # of one step of the product
 
 dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 
@@ -21,7 +21,7 @@ dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 def takes(tokens: int, group: int, head_dim: int) -> bool:
     """Whether the kernel divides these shapes evenly."""
     power_of_two = group & (group - 1) == 0 and head_dim & (head_dim - 1) == 0
-    return power_of_two and group <= ROWS and tokens % (ROWS // group) == 0
+    return power_of_two and head_dim >= DEPTH and group <= ROWS and tokens % (ROWS // group) == 0
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
@@ -72,7 +72,7 @@ def _read(kernel, q, attended, memory, total, gate, interpret):
         in_specs=[spec for _, spec in operands],
         out_specs=here,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=4),
         interpret=interpret,
     )(*[operand for operand, _ in operands])
 
