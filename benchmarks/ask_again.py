@@ -22,7 +22,7 @@ from gemma_jax.demo.command import load
 from gemma_jax.demo.planting import Planted, make_tasks, plant
 from gemma_jax.evaluate.haystack import reach
 from gemma_jax.inference.console import ArgumentParser, Console, count, leave, number, run_command
-from gemma_jax.inference.prefill import default_chunk_tokens
+from gemma_jax.inference.prefill import piece_sizes
 from gemma_jax.inference.reader import generate, read
 from gemma_jax.inference.remember import fork, new_memory
 from gemma_jax.inference.saving import load_reading
@@ -70,7 +70,7 @@ def compare(options: argparse.Namespace) -> None:
 def measure(model: Any, planted: Planted, say: Callable[[str], None]) -> dict[str, int | float]:
     """Asks from a memory file of the text and after a reading for each; seconds, bytes and counts."""
     ids = tuple(token for some in planted.text() for token in some)
-    few, questions = ids[: default_chunk_tokens(model.config) + 1], [a.ids for a in planted.asked]
+    few, questions = ids[: piece_sizes(model.config)[1] + 1], [a.ids for a in planted.asked]
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "text.mem"
         for some in (few, ids):  # the first compiles everything
@@ -102,7 +102,7 @@ def measure(model: Any, planted: Planted, say: Callable[[str], None]) -> dict[st
 
 def read_once(model: Any, ids: Sequence[int]) -> Memory:
     """A text's memory as `remember` leaves it: whole pieces are read, what is left is kept as ids."""
-    whole = len(ids) - len(ids) % default_chunk_tokens(model.config)
+    whole = len(ids) - len(ids) % piece_sizes(model.config)[1]
     rest = unread(model, ids[whole:])
     return dataclasses.replace(rest, state=read(model, [ids[:whole]]).state) if whole else rest
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from gemma_jax.config import GemmaConfig
 from gemma_jax.inference.decode import decode_block
-from gemma_jax.inference.prefill import default_chunk_tokens, prefill
+from gemma_jax.inference.prefill import piece_sizes, prefill
 from gemma_jax.inference.sampling import Sampling
 from gemma_jax.inference.writing import default_block_tokens, padded_stop_ids
-from gemma_jax.model.state import default_device, init_state
+from gemma_jax.model.device import default_device
+from gemma_jax.model.state import init_state
 from gemma_jax.model.transformer import abstract_params
 
 
@@ -43,11 +44,13 @@ class Compiling:
         params = on_device(abstract_params(config))
         state = on_device(jax.eval_shape(functools.partial(init_state, config)))
         logits = on_device(jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32))
-        piece = jax.ShapeDtypeStruct((1, default_chunk_tokens(config)), jnp.int32)
+        sizes = piece_sizes(config)
         count = jax.ShapeDtypeStruct((1,), jnp.int32)
 
-        def reading() -> jax.stages.Lowered:
-            return prefill.lower(params, piece, state, config=config, lengths=count)
+        def reading(size: int) -> jax.stages.Lowered:
+            piece = jax.ShapeDtypeStruct((1, size), jnp.int32)
+            options = {"config": config, "chunk_tokens": max(sizes), "fits": True}
+            return prefill.lower(params, piece, state, lengths=count, **options)
 
         def writing() -> jax.stages.Lowered:
             return decode_block.lower(
@@ -64,7 +67,8 @@ class Compiling:
         def compile_all() -> None:
             # Traced one after the other: what two threads trace at once they may trace in different
             # ways from start to start, and the programs kept from the last one are not found.
-            programs = (reading,) if sampling is None else (reading, writing)
+            programs = [functools.partial(reading, size) for size in sorted({*sizes})]
+            programs += [] if sampling is None else [writing]
             for done in [_in_background(program().compile) for program in programs]:
                 done.result()
 

@@ -17,12 +17,16 @@ T = TypeVar("T")
 
 
 def pieces_of(
-    ids: Iterable[Sequence[int]], size: int, vocab_size: int
+    ids: Iterable[Sequence[int]],
+    size: int,
+    vocab_size: int,
+    room: Callable[[int], int] | None = None,
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Pieces [1, size] int32, all of one shape (the last is padded with zeros), and how many ids
-    each holds.
+    """Pieces [1, size] int32, all of one shape (padded with zeros), and how many ids each holds: all
+    it can but for the last, or as many as `room` says of a piece that begins after so many ids.
     """
-    piece, count = np.zeros((1, size), np.int32), 0
+    piece, count, given = np.zeros((1, size), np.int32), 0, 0
+    most = size if room is None else room(0)
     for some in ids:
         some = np.asarray(some, np.int32)
         if some.size and some.max() >= vocab_size:
@@ -31,12 +35,14 @@ def pieces_of(
                 f" {vocab_size}: tokenizer and model do not belong together."
             )
         while some.size:
-            taken = min(some.size, size - count)
+            taken = min(some.size, most - count)
             piece[0, count : count + taken] = some[:taken]
             some, count = some[taken:], count + taken
-            if count == size:
+            if count == most:
                 yield piece, count
+                given += count
                 piece, count = np.zeros((1, size), np.int32), 0
+                most = size if room is None else room(given)
     if count:
         yield piece, count
 

@@ -14,7 +14,23 @@ from gemma_jax.model.transformer import Params
 default_chunk_tokens = default_step_tokens
 
 
-@functools.partial(jax.jit, static_argnames=("config", "chunk_tokens"), donate_argnames=("state",))
+def piece_sizes(config: GemmaConfig) -> tuple[int, int]:
+    """Tokens of the pieces that a text is read in: a short one, or what is left of a long one; a long one.
+
+    On a GPU the latter are twice as large. That takes a little less time, and more memory, which weights in
+    int8 are there to save.
+    """
+    small, length = default_chunk_tokens(config), config.memory.segment_length
+    large = 2 * small
+    fits = large % length == 0 or length % large == 0
+    if jax.default_backend() != "gpu" or config.quantized or not fits:
+        return small, small
+    return small, large
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "chunk_tokens", "fits"), donate_argnames=("state",)
+)
 def prefill(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -23,6 +39,7 @@ def prefill(
     config: GemmaConfig,
     lengths: Int[Array, " B"] | None = None,
     chunk_tokens: int | None = None,
+    fits: bool = False,
 ) -> tuple[Float[Array, "B V"], State]:
     """Reads tokens and gives the logits of each row's last one.
 
@@ -34,6 +51,8 @@ def prefill(
             logits are NaN.
         chunk_tokens: tokens the model works on at once: whole segments, or fewer than one; suits
             the device by default.
+        fits: promises that each row has no more tokens than there is `scan.room` for; more are left
+            out. Then no step is empty, and the host need not ask the device which.
 
     Returns:
         Logits in float32, and the State advanced over the tokens.
@@ -53,5 +72,6 @@ def prefill(
         lengths=lengths,
         step_tokens=chunk_tokens,
         last_only=True,
+        fits=fits,
     )
     return logits(params, last, config=config), state

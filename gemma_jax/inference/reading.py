@@ -12,8 +12,9 @@ import numpy as np
 from gemma_jax.config import GemmaConfig
 from gemma_jax.errors import GemmaError, InputError
 from gemma_jax.inference.pieces import PIECES_AHEAD, PIECES_IN_FLIGHT, ahead, pieces_of
-from gemma_jax.inference.prefill import default_chunk_tokens, prefill
+from gemma_jax.inference.prefill import piece_sizes, prefill
 from gemma_jax.inference.progress import Meter, Progress
+from gemma_jax.model.scan import room
 from gemma_jax.model.state import State, init_state
 
 
@@ -40,7 +41,8 @@ def read(
     """Reads a stream of ids to its end, in memory that does not depend on its length.
 
     `ids` is run in a thread of its own, so that text is tokenised while the model reads. The model
-    is always given pieces of the same shape, so texts of any length share one compiled program.
+    is always given pieces of the same shape, or of a smaller one where no more is left or fits, so
+    texts of any length share two compiled programs at most.
 
     Args:
         model: what `gemma_jax.load` gives.
@@ -59,9 +61,10 @@ def read(
     config: GemmaConfig = model.config
     state = init_state(config, batch_size=1) if state is None else state
     meter = meter or Meter(share_read, on_progress)
-    size = chunk_tokens or default_chunk_tokens(config)
-    pieces = ahead(pieces_of(meter.count(ids), size, config.vocab_size), PIECES_AHEAD)
+    size = chunk_tokens or piece_sizes(config)[1]
     begin = int(state.length[0])
+    pieces = pieces_of(meter.count(ids), size, config.vocab_size, room_from(config, state, size))
+    pieces = ahead(pieces, PIECES_AHEAD)
     last = collections.deque(feed(model, pieces, state, meter), maxlen=1)
     if not last:
         raise InputError("There is nothing to read: give some text.")
@@ -70,12 +73,19 @@ def read(
     return dataclasses.replace(reading, tokens_per_second=meter.rate.per_second or 0.0)
 
 
+def room_from(config: GemmaConfig, state: State, size: int) -> Callable[[int], int]:
+    """How many ids `feed` takes in a piece of `size`, by how many were given since `state`."""
+    fill, step = int(state.fill[0]), piece_sizes(config)[1]
+    return lambda given: room(config, fill + given, size, step)
+
+
 def feed(
     model: Any, pieces: Iterable[tuple[np.ndarray, int]], state: State, meter: Meter
 ) -> Iterator[Reading]:
     """Gives pieces to the model, one after the other, and yields what is read after each.
 
-    The next piece consumes its State; the device may still be at work on it.
+    Each holds no more ids than there is room for, see `room_from`; one that holds few is made smaller,
+    see `piece_sizes`. The next piece consumes its State; the device may still be at work on it.
 
     Raises:
         GemmaError: numbers became something else than finite. What a State carries shows in the
@@ -93,10 +103,16 @@ def feed(
         begin += count
         meter.finished(count)
 
-    given = 0
+    given, (small, large) = 0, piece_sizes(model.config)
+    options = {"config": model.config, "chunk_tokens": large}
+    room_of_small = room_from(model.config, state, small)
     for piece, count in pieces:
+        if piece.shape[1] == large and count <= room_of_small(given):
+            piece = piece[:, :small]
         lengths = np.array([count], np.int32)
-        logits, state = prefill(model.params, piece, state, config=model.config, lengths=lengths)
+        # Of a piece of several steps, those that the last one leaves empty are better skipped.
+        fits = piece.shape[1] <= large
+        logits, state = prefill(model.params, piece, state, lengths=lengths, fits=fits, **options)
         in_flight.append((count, all_finite(logits)))
         if len(in_flight) > PIECES_IN_FLIGHT:
             wait_for_oldest()

@@ -1,9 +1,10 @@
 """Text into a Memory, and a Memory into what an answer begins with.
 
-`remember` reads a text as far as its tokens are certain and fill whole pieces; `recall` reads the
-little that is left, and a question. Together they give the model exactly the pieces that one
-reading of everything would give it, so that it makes no difference, not in one bit, whether a text
-was read at once, kept in a memory file in between, or interrupted and gone on with.
+`remember` reads a text as far as its tokens are certain and fill whole pieces; `recall` reads what
+is left, less than a piece (16,384 tokens on a GPU), and a question. Together they give the model
+exactly the pieces that one reading of everything would give it, so that it makes no difference, not
+in one bit, whether a text was read at once, kept in a memory file in between, or interrupted and
+gone on with.
 """
 
 import collections
@@ -20,9 +21,9 @@ from gemma_jax import text as text_lib
 from gemma_jax.checkpoint.memory_file import Memory
 from gemma_jax.errors import InputError, UsageError
 from gemma_jax.inference.pieces import PIECES_AHEAD, ahead, pieces_of
-from gemma_jax.inference.prefill import default_chunk_tokens
+from gemma_jax.inference.prefill import piece_sizes
 from gemma_jax.inference.progress import Meter
-from gemma_jax.inference.reading import Reading, feed, read, require_whole
+from gemma_jax.inference.reading import Reading, feed, read, require_whole, room_from
 from gemma_jax.model.state import init_state
 from gemma_jax.text import Place, Turn, UserText
 
@@ -83,19 +84,23 @@ def remember(
     memory = new_memory(model) if memory is None else memory
     meter = meter or Meter()
     stream = _Stream(model, text, memory, template, tracked=keeper is not None)
-    size = chunk_tokens or default_chunk_tokens(model.config)
-    pieces = pieces_of(meter.count(stream.ids()), size, model.config.vocab_size)
+    size = chunk_tokens or piece_sizes(model.config)[1]
+    begin = int(memory.state.length[0])
+    room = room_from(model.config, memory.state, size)
+    pieces = pieces_of(meter.count(stream.ids()), size, model.config.vocab_size, room)
     pieces = ahead(pieces, PIECES_AHEAD, give_up=lambda: bool(keeper and keeper.interrupted))
     rest: list[int] = []
 
     def whole_pieces() -> Iterator[tuple[Any, int]]:
+        given = 0
         for piece, count in pieces:
-            if count < size:
+            if count < room(given):  # the last
                 rest.extend(piece[0, :count].tolist())
             else:
                 yield piece, count
+            given += count
 
-    begin, reading = int(memory.state.length[0]), Reading(None, memory.state, 0, 0.0)
+    reading = Reading(None, memory.state, 0, 0.0)
     with keeper or contextlib.nullcontext():
         for reading in feed(model, whole_pieces(), memory.state, meter):
             stream.advance(reading.tokens)

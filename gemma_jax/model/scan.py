@@ -2,8 +2,8 @@
 
 A step takes `step_tokens` slots: whole segments, or fewer than S tokens of one segment. Rows stand at
 their own places on their own grids, so each row takes as many of its tokens as the step has room for,
-and steps in which no row has any left are skipped. Every split of the same tokens into calls gives
-the same State.
+and steps in which no row has any left are skipped. To know that, the host waits for the device, unless it is
+promised that there is none such. Every split of the same tokens into calls gives the same State.
 """
 
 import functools
@@ -34,6 +34,29 @@ def default_step_tokens(config: GemmaConfig) -> int:
     return next(n for n in range(wanted, 0, -1) if length % n == 0)
 
 
+def step_slots(config: GemmaConfig, total: int, step_tokens: int | None = None) -> int:
+    """Slots of a step that reads [B, total] tokens: whole segments, or fewer than S."""
+    length = config.memory.segment_length
+    slots = min(step_tokens or default_step_tokens(config), max(total, 1))
+    return -(-slots // length) * length if slots >= length else slots
+
+
+def room(config: GemmaConfig, fill: int, total: int, step_tokens: int | None = None) -> int:
+    """How many of `total` tokens fit into the fewest steps, for a row with `fill` in its segment."""
+    slots, length = step_slots(config, total, step_tokens), config.memory.segment_length
+    taken = 0
+    for _ in range(-(-total // slots)):
+        before = (fill + taken) % length
+        taken += slots - before if slots >= length else min(slots, length - before)
+    return min(taken, total)
+
+
+def on_grid(config: GemmaConfig, total: int, step_tokens: int | None = None) -> bool:
+    """Whether steps that read [B, total] tokens from the start of a segment on end where segments do."""
+    slots, length = step_slots(config, total, step_tokens), config.memory.segment_length
+    return slots >= length or length % slots == 0 or total <= slots
+
+
 def scan_steps(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -45,7 +68,7 @@ def scan_steps(
     lengths: Int[Array, " B"] | None = None,
     wanted: Int[Array, "B T"] | None = None,
     step_tokens: int | None = None,
-    aligned: bool = False,
+    fits: bool = False,
     remat: Remat = None,
     last_only: bool = False,
 ) -> tuple[Any, Any, State]:
@@ -57,7 +80,9 @@ def scan_steps(
             that of the last of them.
         lengths: tokens of each row; all T by default.
         wanted: see `forward`.
-        aligned: promises that every row stands at the start of a segment: then no step is empty.
+        fits: promises that every row's tokens fit into the fewest steps, see `room`; tokens that do
+            not are left out. They do where rows stand at the start of a segment and steps end where
+            segments do.
         remat: what the backward pass computes again, see `forward`.
 
     Returns:
@@ -65,9 +90,8 @@ def scan_steps(
     """
     batch, total = tokens.shape
     length = config.memory.segment_length
-    slots = min(step_tokens or default_step_tokens(config), max(total, 1))
-    slots = -(-slots // length) * length if slots >= length else slots
-    if aligned and on_grid(slots, length):
+    slots = step_slots(config, total, step_tokens)
+    if fits:
         num_steps = -(-total // slots)
     elif slots >= length:
         num_steps = -(-(total + length - 1) // slots)
@@ -91,8 +115,8 @@ def scan_steps(
     def step(carry, _):
         state, taken, inner = carry
         first = state.fill if slots >= length else jnp.zeros_like(state.fill)
-        room = slots - first if slots >= length else jnp.minimum(slots, length - state.fill)
-        count = jnp.minimum(lengths - taken, room)
+        most = slots - first if slots >= length else jnp.minimum(slots, length - state.fill)
+        count = jnp.minimum(lengths - taken, most)
 
         def run(state, inner):
             at = jnp.clip(taken[:, None] + jnp.arange(slots) - first[:, None], 0, total - 1)
@@ -106,7 +130,7 @@ def scan_steps(
             like = jax.eval_shape(run, state, inner)[2]
             return state, inner, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
 
-        if aligned:
+        if fits:
             state, inner, (y, loss) = run(state, inner)
         else:
             there = jnp.any(count > 0)
@@ -121,11 +145,6 @@ def scan_steps(
         return carry, jax.tree.map(lambda leaf: leaf[None], steps), state
     (state, _, carry), steps = jax.lax.scan(step, start, None, length=num_steps)
     return carry, steps, state
-
-
-def on_grid(slots: int, segment_length: int) -> bool:
-    """Whether steps of so many slots, from the start of a segment on, end where segments do."""
-    return slots >= segment_length or segment_length % slots == 0
 
 
 @functools.partial(
@@ -165,6 +184,8 @@ def forward(
         0 for rules that choose no tokens. `logits` turns hidden states into logits.
     """
     batch, total = tokens.shape
+    # Then no slot between two tokens of a row is empty, and there is room for all of them.
+    ordered = aligned and on_grid(config, total, step_tokens)
 
     def keep(carry, hidden, first, count):
         return carry, hidden
@@ -179,12 +200,12 @@ def forward(
         lengths=lengths,
         wanted=wanted,
         step_tokens=step_tokens,
-        aligned=aligned,
+        fits=ordered,
         remat=remat,
     )
     write_loss = () if wanted is None else (jnp.sum(losses),)
     slots = hidden.shape[2]
-    if aligned and on_grid(slots, config.memory.segment_length):
+    if ordered:
         found = jnp.moveaxis(hidden, 0, 1).reshape(batch, -1, hidden.shape[-1])[:, :total]
         if lengths is None:
             return found, state, *write_loss

@@ -77,7 +77,7 @@ def _read(params: Any, ids: np.ndarray, config: GemmaConfig) -> Any:
         count = piece.shape[1]
         piece = np.pad(piece, ((0, 0), (0, size - count)))
         lengths = np.full(len(ids), count, np.int32)
-        _, state = prefill(params, piece, state, config=config, lengths=lengths)
+        _, state = prefill(params, piece, state, config=config, lengths=lengths, fits=True)
     return state
 
 

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import ask_again
 from gemma_jax import demo
 from gemma_jax.checkpoint import store
-from gemma_jax.inference.prefill import default_chunk_tokens
+from gemma_jax.inference.prefill import piece_sizes
 from gemma_jax.inference.reader import read
 
 pytestmark = pytest.mark.skipif(not demo.MODEL.is_dir(), reason="the small model is not there")
@@ -38,7 +38,7 @@ def test_a_memory_file_answers_as_a_full_read_does(tmp_path, capsys):
 def test_a_memory_and_a_question_are_what_a_full_read_gives_in_every_bit(more):
     """Wherever in a piece the text ends; it is shorter than one, too."""
     model = store.load(demo.MODEL, dtype="float32")
-    size = default_chunk_tokens(model.config) + more
+    size = piece_sizes(model.config)[1] + more
     *ids, question = np.random.default_rng(0).integers(5, 5000, size + 1).tolist()
     memory = ask_again.read_once(model, ids)
     found = read(model, [[*memory.ids, question]], memory.state)

@@ -1,5 +1,6 @@
 """`prefill` and `forward` against each other; gradients through memory."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,11 @@ import pytest
 from reference import random_params, random_tokens, tiny_config
 
 import gemma_jax
+from gemma_jax.config import PRESETS
 from gemma_jax.errors import UsageError
+from gemma_jax.inference.pieces import pieces_of
+from gemma_jax.inference.prefill import piece_sizes
+from gemma_jax.model.scan import room
 
 LENGTH = 37  # four segments of 8, and a part of one
 
@@ -48,6 +53,66 @@ def test_prefill_gives_the_last_logits_of_forward(model, whole, chunk_tokens):
     np.testing.assert_allclose(logits, expected[:, -1], rtol=0, atol=1e-4)
     assert logits.dtype == jnp.float32 and state.length.tolist() == [LENGTH] * 2
     states_agree(state, after)
+
+
+# A piece is one step or several, of whole segments or parts of one.
+@pytest.mark.parametrize("size, chunk_tokens", [(16, None), (24, 8), (3, None), (12, 3), (5, 1000)])
+@pytest.mark.parametrize("begin", [0, 5, 8])
+def test_pieces_as_large_as_there_is_room_for(model, whole, size, chunk_tokens, begin):
+    config, params, tokens = model
+    _, state = gemma_jax.forward(
+        params, tokens[:1], empty(config, 1), config=config, lengths=np.array([begin])
+    )
+
+    def most(given):
+        return room(config, begin + given, size, chunk_tokens)
+
+    given = 0
+    for piece, count in pieces_of([tokens[0, begin:]], size, config.vocab_size, most):
+        assert count == min(most(given), LENGTH - begin - given) and piece.shape == (1, size)
+        given += count
+        logits, state = gemma_jax.prefill(
+            params,
+            piece,
+            state,
+            config=config,
+            lengths=np.array([count]),
+            chunk_tokens=chunk_tokens,
+            fits=True,
+        )
+    assert given == LENGTH - begin
+    np.testing.assert_allclose(logits, whole[0][:1, -1], rtol=0, atol=1e-4)
+    states_agree(state, jax.tree.map(lambda leaf: leaf[:1], whole[1]))
+
+
+@pytest.mark.parametrize("step_tokens", [3, 4, 5, 6, 8, 12, 1000])
+@pytest.mark.parametrize("length", [10, 12, 16, 20])
+def test_from_the_start_of_a_segment_on(model, length, step_tokens):
+    """Steps may end where segments do, or be cut short there."""
+    config, params, tokens = model
+    found, wanted = (
+        gemma_jax.forward(
+            params,
+            tokens[:, :length],
+            empty(config),
+            config=config,
+            step_tokens=step_tokens,
+            aligned=aligned,
+        )
+        for aligned in (True, False)
+    )
+    states_agree(found, wanted, tolerance=1e-5)
+
+
+def test_where_tokens_fit_the_host_need_not_ask_the_device(model):
+    config, params, tokens = model
+    text = {
+        fits: gemma_jax.prefill.lower(
+            params, tokens[:, :16], empty(config), config=config, fits=fits
+        ).as_text()
+        for fits in (False, True)
+    }
+    assert "stablehlo.case" in text[False] and "stablehlo.case" not in text[True]
 
 
 @pytest.mark.parametrize("lengths", [(LENGTH, 11), (1, 8), (16, 17)], ids=str)
@@ -159,3 +224,15 @@ def test_no_tokens_at_all_are_refused(model):
     config, params, tokens = model
     with pytest.raises(UsageError, match="at least one token"):
         gemma_jax.prefill(params, tokens[:, :0], empty(config), config=config)
+
+
+@pytest.mark.parametrize(
+    "backend, quantization, sizes",
+    [("gpu", None, (8192, 16_384)), ("gpu", "int8", (8192, 8192)), ("cpu", None, (256, 256))],
+)
+def test_pieces_of_long_texts_are_larger_where_there_is_memory(
+    monkeypatch, backend, quantization, sizes
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config = dataclasses.replace(PRESETS["gemma-2b"], quantization=quantization)
+    assert piece_sizes(config.with_memory(segment_length=256)) == sizes

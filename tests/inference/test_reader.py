@@ -11,7 +11,7 @@ import pytest
 import gemma_jax
 from gemma_jax import text
 from gemma_jax.errors import GemmaError, InputError, UsageError
-from gemma_jax.inference import pieces, reader
+from gemma_jax.inference import pieces, reader, reading
 from gemma_jax.inference.progress import Progress, Rate, Tokenized
 from gemma_jax.inference.streaming import StreamDecoder
 
@@ -84,6 +84,30 @@ def test_texts_of_other_lengths_do_not_recompile(model, compilations):
     for content in ("the", PROMPT * 2, PROMPT * 7):
         answer(model, content, chunk_tokens=24, max_new_tokens=20)
     assert compilations == []
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 128, 129, 200, 256, 300])
+@pytest.mark.parametrize("begin", [0, 13])
+def test_a_long_text_is_read_in_large_pieces_and_what_is_left_in_a_small_one(
+    random_checkpoint, monkeypatch, begin, count
+):
+    model = gemma_jax.load(random_checkpoint, segment_length=16)
+    ids = np.random.default_rng(count).integers(6, model.config.vocab_size, begin + count).tolist()
+    wanted = reader.read(model, [ids], chunk_tokens=CHUNK)
+    before = reader.read(model, [ids[:begin]]).state if begin else None
+    monkeypatch.setattr(reading, "piece_sizes", lambda config: (64, 128))
+    shapes, prefill = [], reading.prefill
+
+    def watched(params, piece, *given, **options):
+        shapes.append(piece.shape[1])
+        return prefill(params, piece, *given, **options)
+
+    monkeypatch.setattr(reading, "prefill", watched)
+    found = reader.read(model, [ids[begin:]], before)
+    np.testing.assert_allclose(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    assert found.state.length.tolist() == [begin + count]
+    large, left = divmod(count + begin, 128)  # what is read goes on within its segment
+    assert shapes == [128] * large + ([64] if 0 < left <= 64 else [128] if left else [])
 
 
 def test_nothing_to_read_is_refused(model):

@@ -326,10 +326,14 @@ def test_a_state_that_is_not_finite_stops_the_reading_and_names_layer_and_segmen
         bad = dataclasses.replace(layer, sink_value=layer.sink_value.at[0, 0, 0, 0].set(np.nan))
         return dataclasses.replace(state, layers=(state.layers[0], bad))
 
-    for count, words in ((80, r"40 to 55 \(segments 2 to 3\)"), (8, r"40 to 47 \(segment 2\)")):
+    for count, chunk_tokens, words in (
+        (80, 2 * CHUNK, r"40 to 63 \(segments 2 to 3\)"),
+        (80, CHUNK, r"40 to 47 \(segment 2\)"),  # from there on pieces begin where segments do
+        (8, CHUNK, r"40 to 47 \(segment 2\)"),
+    ):
         state = broken(reader.read(model, [[7] * 40], chunk_tokens=CHUNK).state)
         with pytest.raises(GemmaError, match=f"State of layer 1 .* tokens {words}") as caught:
-            reader.read(model, [[7] * count], state, chunk_tokens=CHUNK)
+            reader.read(model, [[7] * count], state, chunk_tokens=chunk_tokens)
         assert caught.value.exit_code == 1
 
 
