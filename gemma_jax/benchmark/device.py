@@ -9,7 +9,7 @@ from typing import Any
 
 from gemma_jax.benchmark.records import Figure, Record
 
-# Rows, inner dimension, columns; the likeliest first, while the device is cool.
+# Rows, inner dimension, columns; the likeliest first, before the device slows down.
 MATMULS = (
     (8192, 8192, 8192),
     (6144, 6144, 6144),

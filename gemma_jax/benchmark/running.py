@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_jax.benchmark import profile
+from gemma_jax.benchmark import power, profile
 from gemma_jax.benchmark.device import peak_bytes, seconds
 from gemma_jax.benchmark.hlo import weight_moves
 from gemma_jax.benchmark.records import OTHER_DEPTH, PLAIN_DEPTH, Figure, figure_name, label
@@ -45,8 +45,10 @@ class Run:
         self._read(before)
         peak_before = peak_bytes()
         total = length * self.options.batch_size
-        rates = [total / self._read(length) for _ in range(repeats)]
+        with power.watched() as samples:
+            rates = [total / self._read(length) for _ in range(repeats)]
         yield f"{name}_tokens_per_second", "tokens/s", rates
+        yield from samples.figures(name)
         dense = dense_flops(self.config) / 1e12
         yield f"{name}_dense", "TFLOP/s", [rate * dense for rate in rates]
         if peak := peak_bytes():
@@ -121,9 +123,18 @@ class Run:
 
     @property
     def _chunk(self) -> int:
-        from gemma_jax.inference.prefill import default_chunk_tokens
+        """Tokens of a row read at once: for a single row the size of the pieces that `read` takes."""
+        from gemma_jax.inference.prefill import piece_sizes
 
-        return self.options.chunk_tokens or default_chunk_tokens(self.config)
+        small, large = piece_sizes(self.config)
+        long = self.options.batch_size == 1 and self.options.tokens > small
+        return self.options.chunk_tokens or (large if long else small)
+
+    @property
+    def _fits(self) -> bool:
+        """Whether pieces that follow each other begin or end where segments do."""
+        chunk, length = self._chunk, self.config.memory.segment_length
+        return chunk % length == 0 or length % chunk == 0
 
     def _read(self, length: int) -> float:
         """Seconds to read `length` fresh tokens a row from their beginning."""
@@ -142,7 +153,7 @@ class Run:
         from gemma_jax.inference.prefill import prefill
 
         batch, chunk, rng = self.options.batch_size, self._chunk, np.random.default_rng(0)
-        options = {"config": self.config, "chunk_tokens": chunk}
+        options = {"config": self.config, "chunk_tokens": chunk, "fits": self._fits}
         (_, state), self.reading, waiting = self.reading, None, []
         for at in range(0, length, chunk):
             tokens = rng.integers(0, self.config.vocab_size, (batch, chunk), dtype=np.int32)
@@ -160,8 +171,9 @@ class Run:
 
         batch, chunk = self.options.batch_size, self._chunk
         tokens, lengths = np.zeros((batch, chunk), np.int32), np.full(batch, chunk, np.int32)
-        options = {"config": self.config, "lengths": lengths, "chunk_tokens": chunk}
-        return prefill.lower(self.params, tokens, self.reading[1], **options).compile().as_text()
+        options = {"config": self.config, "chunk_tokens": chunk, "fits": self._fits}
+        program = prefill.lower(self.params, tokens, self.reading[1], lengths=lengths, **options)
+        return program.compile().as_text()
 
 
 def is_int8(params: Any) -> bool:

@@ -51,6 +51,14 @@ def test_reading_then_writing_in_one_run(checkpoint, tmp_path, capsys):
     assert f"| {speed.name} | {speed.value:,.5g} | tokens/s |" in shown and "| --- |" in shown
 
 
+@pytest.mark.parametrize("chunk", [48, 96, 100, 1000])
+def test_pieces_need_not_end_where_segments_do(checkpoint, tmp_path, chunk):
+    arguments = ["prefill", "--model", checkpoint, "--tokens", "250", "--repeats", "1"]
+    arguments += ["--segment-length", "64", "--chunk-tokens", chunk]
+    found = measured(arguments, tmp_path / "records.json")
+    assert any(name.endswith("_tokens_per_second") for name in found)
+
+
 @pytest.mark.parametrize("error", [GemmaError("stopped"), KeyboardInterrupt()], ids=type)
 def test_what_was_measured_before_an_error_is_kept(checkpoint, tmp_path, monkeypatch, error):
     def decode(self):
