@@ -15,7 +15,7 @@ GROWING = "import time; held = []\nfor i in range(5): held.append(b'x' * 2**26);
 def test_a_process_that_grows_is_seen_to_grow():
     samples = resident_memory.sample([sys.executable, "-c", GROWING], 60, Console(quiet=True))
     seconds, held = zip(*samples, strict=True)
-    assert 3 <= len(samples) <= 8 and list(seconds) == sorted(seconds)
+    assert 3 <= len(samples) <= seconds[-1] + 1.5 and list(seconds) == sorted(seconds)
     assert 3 * 2**26 < held[-1] - held[0] < 6 * 2**26
 
 
