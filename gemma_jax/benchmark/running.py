@@ -131,10 +131,12 @@ class Run:
         return self.options.chunk_tokens or (large if long else small)
 
     @property
-    def _fits(self) -> bool:
-        """Whether pieces that follow each other begin or end where segments do."""
-        chunk, length = self._chunk, self.config.memory.segment_length
-        return chunk % length == 0 or length % chunk == 0
+    def _static(self) -> dict[str, Any]:
+        """The static arguments of `prefill`."""
+        from gemma_jax.model.scan import keeps_grid
+
+        fits = keeps_grid(self.config, self._chunk)
+        return {"config": self.config, "chunk_tokens": self._chunk, "fits": fits}
 
     def _read(self, length: int) -> float:
         """Seconds to read `length` fresh tokens a row from their beginning."""
@@ -153,7 +155,7 @@ class Run:
         from gemma_jax.inference.prefill import prefill
 
         batch, chunk, rng = self.options.batch_size, self._chunk, np.random.default_rng(0)
-        options = {"config": self.config, "chunk_tokens": chunk, "fits": self._fits}
+        options = self._static
         (_, state), self.reading, waiting = self.reading, None, []
         for at in range(0, length, chunk):
             tokens = rng.integers(0, self.config.vocab_size, (batch, chunk), dtype=np.int32)
@@ -171,8 +173,8 @@ class Run:
 
         batch, chunk = self.options.batch_size, self._chunk
         tokens, lengths = np.zeros((batch, chunk), np.int32), np.full(batch, chunk, np.int32)
-        options = {"config": self.config, "chunk_tokens": chunk, "fits": self._fits}
-        program = prefill.lower(self.params, tokens, self.reading[1], lengths=lengths, **options)
+        options = self._static | {"lengths": lengths}
+        program = prefill.lower(self.params, tokens, self.reading[1], **options)
         return program.compile().as_text()
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.config import GemmaConfig
-from gemma_jax.model.scan import default_step_tokens, logits, scan_steps
+from gemma_jax.model.scan import default_step_tokens, keeps_grid, logits, scan_steps
 from gemma_jax.model.state import State
 from gemma_jax.model.transformer import Params
 
@@ -20,12 +20,9 @@ def piece_sizes(config: GemmaConfig) -> tuple[int, int]:
     On a GPU the latter are twice as large. That takes a little less time, and more memory, which weights in
     int8 are there to save.
     """
-    small, length = default_chunk_tokens(config), config.memory.segment_length
-    large = 2 * small
-    fits = large % length == 0 or length % large == 0
-    if jax.default_backend() != "gpu" or config.quantized or not fits:
-        return small, small
-    return small, large
+    small = default_chunk_tokens(config)
+    double = jax.default_backend() == "gpu" and not config.quantized
+    return small, 2 * small if double and keeps_grid(config, 2 * small) else small
 
 
 @functools.partial(

@@ -57,6 +57,12 @@ def on_grid(config: GemmaConfig, total: int, step_tokens: int | None = None) -> 
     return slots >= length or length % slots == 0 or total <= slots
 
 
+def keeps_grid(config: GemmaConfig, tokens: int) -> bool:
+    """Whether pieces of so many tokens that follow each other begin or end where segments do."""
+    length = config.memory.segment_length
+    return tokens % length == 0 or length % tokens == 0
+
+
 def scan_steps(
     params: Params,
     tokens: Int[Array, "B T"],

@@ -227,12 +227,17 @@ def test_no_tokens_at_all_are_refused(model):
 
 
 @pytest.mark.parametrize(
-    "backend, quantization, sizes",
-    [("gpu", None, (8192, 16_384)), ("gpu", "int8", (8192, 8192)), ("cpu", None, (256, 256))],
+    "backend, quantization, length, sizes",
+    [
+        ("gpu", None, 256, (8192, 16_384)),
+        ("gpu", "int8", 256, (8192, 8192)),
+        ("gpu", None, 24_576, (8192, 8192)),  # of a segment, 16,384 would leave a part
+        ("cpu", None, 256, (256, 256)),
+    ],
 )
 def test_pieces_of_long_texts_are_larger_where_there_is_memory(
-    monkeypatch, backend, quantization, sizes
+    monkeypatch, backend, quantization, length, sizes
 ):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     config = dataclasses.replace(PRESETS["gemma-2b"], quantization=quantization)
-    assert piece_sizes(config.with_memory(segment_length=256)) == sizes
+    assert piece_sizes(config.with_memory(segment_length=length)) == sizes
