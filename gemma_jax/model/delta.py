@@ -8,7 +8,9 @@ from jaxtyping import Array, Float
 
 from gemma_jax.model import kernels
 
-BLOCK = 64  # tokens of one block of the chunked rule
+# Tokens of one block of the chunked rule, as many as a head has dimensions in most models: with fewer,
+# more maps of [head_dim, head_dim] are written, read and joined than it saves in the blocks.
+BLOCK = 256
 SMALL_BLOCK = 16  # rows that are substituted one after the other
 EPS = 1e-6
 
@@ -51,12 +53,12 @@ def _delta_map(key: Array, value: Array, gate: Array) -> tuple[Array, Array]:
     nearly equal. The maps of blocks are then joined in pairs. Everything is float32.
     """
     key, value = l2_normalize(key.astype(jnp.float32)), value.astype(jnp.float32)
-    count = 1 << (-(-key.shape[1] // BLOCK) - 1).bit_length()  # of blocks; a power of two
-    pad = count * BLOCK - key.shape[1]
+    length = max(1 << (key.shape[1] - 1).bit_length(), SMALL_BLOCK)  # a power of two
+    pad, block = length - key.shape[1], min(length, BLOCK)
 
-    def blocks(x: Array) -> Array:  # [B, S, K, ...] -> [blocks, B, K, BLOCK, ...]
+    def blocks(x: Array) -> Array:  # [B, S, K, ...] -> [blocks, B, K, block, ...]
         x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:])
+        x = x.reshape(x.shape[0], -1, block, *x.shape[2:])
         return jnp.moveaxis(jnp.moveaxis(x, 3, 1), 2, 0)
 
     key, value, gate = blocks(key), blocks(value), blocks(gate)[..., None]

@@ -22,7 +22,7 @@ from gemma_jax.model import kernels
 from gemma_jax.model.delta import delta_map, matrix_einsum, solve
 from gemma_jax.model.memory import MemoryRule, make_rule, write_segments
 
-LONG = 200  # more than three blocks of the chunked delta rule
+LONG = 800  # more than three blocks of the chunked delta rule
 
 
 def keys_and_gates(kind, rng, kv_heads=2, dim=8):
