@@ -18,11 +18,17 @@ EPS = 1e-6
 einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 
 
-def matrix_einsum(subscripts: str, x: Array, y: Array) -> Array:
-    """`einsum` of large matrices: three passes of TF32 are nearly as exact and take less time."""
+def matrix_einsum(subscripts: str, x: Array, y: Array, *, rounded_to=jnp.float32) -> Array:
+    """`einsum` of large matrices, in and to float32: three passes of TF32 are nearly as exact and take
+    less time.
+
+    Of what is `rounded_to` bfloat16 in the end, three passes of bfloat16 compute at least 16 bits in half
+    the time of these. The gradient is computed likewise.
+    """
     precision = "highest"
     if kernels.compute_capability() >= kernels.AMPERE:
-        precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        presets, narrow = jax.lax.DotAlgorithmPreset, rounded_to == jnp.bfloat16
+        precision = presets.BF16_BF16_F32_X3 if narrow else presets.TF32_TF32_F32_X3
     return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from gemma_jax.config import GLOBAL, GemmaConfig
 from gemma_jax.errors import GemmaError, UsageError
@@ -46,7 +46,7 @@ class Linear(MemoryRule):
     def read(self, p, memory, q, attended):
         def plain(q, attended, M, z, weight):
             phi = elu_plus_one(self.grouped(q))
-            found = matrix_einsum("BTKGF,BKFC->BTKGC", phi, M)
+            found = _find(phi, M, q.dtype)
             found = _divide(found, einsum("BTKGF,BKF->BTKG", phi, z)).reshape(attended.shape)
             weight = weight[:, None]
             return (weight * found + (1.0 - weight) * attended).astype(attended.dtype)
@@ -128,7 +128,7 @@ class GatedDelta(MemoryRule):
 
     def read(self, p, memory, q, attended):
         def plain(q, attended, M, gate):
-            found = matrix_einsum("BTKGF,BKFC->BTKGC", l2_normalize(self.grouped(q)), M)
+            found = _find(l2_normalize(self.grouped(q)), M, q.dtype)
             found = found * jax.lax.rsqrt(jnp.mean(found**2, axis=-1, keepdims=True) + EPS)
             found = gate[:, None] * found.reshape(attended.shape)
             return (attended + found).astype(attended.dtype)
@@ -172,7 +172,7 @@ class SelectiveDelta(GatedDelta):
         }
 
     def read(self, p, memory, q, attended):
-        found = matrix_einsum("BTKGF,BKFC->BTKGC", l2_normalize(self.grouped(q)), memory["M"])
+        found = _find(l2_normalize(self.grouped(q)), memory["M"], q.dtype)
         logit = einsum("BTHC,HC->BTH", q.astype(jnp.float32), p["read_kernel"]) + p["read_bias"]
         gate = p["gate"] * jax.nn.sigmoid(logit)
         return (attended + gate[..., None] * found.reshape(attended.shape)).astype(attended.dtype)
@@ -196,6 +196,13 @@ def _fastest(plain: Callable, name: str, q: Array, kv_heads: int) -> Callable:
     if not read.takes(q.shape[1], q.shape[2] // kv_heads, q.shape[3]):
         return plain
     return kernels.with_gradient_of(plain, getattr(read, name))
+
+
+def _find(
+    q: Float[Array, "B T K G F"], M: Float[Array, "B K F C"], dtype
+) -> Float[Array, "B T K G C"]:
+    """q M in float32, as exact as results need to be that are rounded to `dtype`."""
+    return matrix_einsum("BTKGF,BKFC->BTKGC", q, M, rounded_to=dtype)
 
 
 def _divide(found: Array, total: Array) -> Array:

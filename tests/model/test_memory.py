@@ -278,14 +278,75 @@ def test_a_rule_that_remembers_nothing_still_reads(tmp_path):
     assert np.abs(all_logits(params, tokens, negative) - plain).max() > 1e-3
 
 
+def on_nvidia(monkeypatch, capability, function, *args):
+    """The program for a GPU of this compute capability; it is not run."""
+    monkeypatch.setattr(kernels, "compute_capability", lambda: capability)
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_products_of_matrices_are_exact_on_tensor_cores(monkeypatch):
-    """Never in one pass of TF32, the GPU's default; no product is run."""
+    """Never in one pass of TF32, the GPU's default."""
 
-    def written(capability):
-        monkeypatch.setattr(kernels, "compute_capability", lambda: capability)
+    def written(capability, **options):
+        def product(x, y):
+            return matrix_einsum("bij,bjk->bik", x, y, **options)
+
         x = jax.ShapeDtypeStruct((2, 4, 4), jnp.float32)
-        product = jax.jit(lambda x, y: matrix_einsum("bij,bjk->bik", x, y))
-        return product.trace(x, x).lower(lowering_platforms=("cuda",)).as_text()
+        return on_nvidia(monkeypatch, capability, product, x, x)
 
-    assert "num_primitive_operations = 3" in written(kernels.AMPERE)
-    assert "HIGHEST" in written(7)
+    exact, narrow = written(kernels.AMPERE), written(kernels.AMPERE, rounded_to=jnp.bfloat16)
+    assert "num_primitive_operations = 3" in exact and "precision_type = tf32" in exact
+    assert "num_primitive_operations = 3" in narrow and "precision_type = bf16" in narrow
+    assert "HIGHEST" in written(7) and "HIGHEST" in written(7, rounded_to=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("rule", ["linear", "gated_delta", "selective_delta"])
+@pytest.mark.parametrize("dtype, passes", [("bfloat16", "bf16"), ("float32", "tf32")])
+def test_reads_and_their_gradients_are_as_exact_as_the_dtype_needs(
+    monkeypatch, rule, dtype, passes
+):
+    config = tiny_config(rule=rule, dtype=dtype)
+    made = make_rule(config)
+    q = jnp.ones((2, 4, config.num_heads, config.head_dim), dtype)
+    p = {name: jnp.ones(spec.shape) for name, spec in made.params().items()}
+
+    def loss(q, memory):
+        return made.read(p, memory, q, q).astype(jnp.float32).sum()
+
+    written = on_nvidia(monkeypatch, kernels.AMPERE, jax.grad(loss, (0, 1)), q, made.init(2))
+    assert written.count("num_primitive_operations = 3") == 3  # q M, and the gradients of both
+    assert written.count(f"lhs_precision_type = {passes}") == 3
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])  # of queries
+def test_a_read_and_its_gradients_are_those_of_the_equations(monkeypatch, size):
+    monkeypatch.setattr(kernels, "compute_capability", lambda: kernels.AMPERE)
+    config = tiny_config(rule="gated_delta", num_heads=4, num_kv_heads=1, head_dim=64)
+    made, rng = make_rule(config), np.random.default_rng(0)
+    q = jnp.asarray(size * rng.normal(size=(1, 32, 4, 64)), jnp.bfloat16)
+    attended, weights = rng.normal(size=(2, *q.shape)).astype(np.float32)
+    memory = made.init(1) | {"M": jnp.asarray(rng.normal(size=(1, 1, 64, 64)), jnp.float32)}
+    gate = np.ones(4)
+
+    def read(q, M):
+        return made.read({"gate": jnp.asarray(gate)}, memory | {"M": M}, q, jnp.asarray(attended))
+
+    found, pull = jax.vjp(read, q, memory["M"])
+    of_q, of_M = pull(jnp.asarray(weights))
+
+    M, wide, weights = (np.asarray(x, np.float64) for x in (memory["M"][0, 0], q, weights))
+    scale = 1 / np.sqrt((wide**2).sum(-1, keepdims=True) + 1e-6)
+    unit = wide * scale
+    scale_found = 1 / np.sqrt(((unit @ M) ** 2).mean(-1, keepdims=True) + 1e-6)
+    normed = (unit @ M) * scale_found
+    slope = scale_found * (weights - normed * (weights * normed).mean(-1, keepdims=True))
+    of_unit = slope @ M.T
+    wanted_q = scale * (of_unit - unit * (unit * of_unit).sum(-1, keepdims=True))
+
+    def near(x, wanted, tolerance):
+        x = np.asarray(x, np.float64)
+        np.testing.assert_allclose(x, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+    near(found, attended + normed, 2**-16)
+    near(of_M[0, 0], np.einsum("BTHF,BTHC->FC", unit, slope), 2**-16)
+    near(of_q, wanted_q, 2**-8)
