@@ -33,7 +33,11 @@ def matrix_einsum(subscripts: str, x: Array, y: Array, *, rounded_to=jnp.float32
 
 
 def l2_normalize(x: Array) -> Array:
-    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + EPS)
+    return x * inverse_length(x)
+
+
+def inverse_length(x: Float[Array, "*b F"]) -> Float[Array, "*b 1"]:
+    return jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + EPS)
 
 
 def delta_map(

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from gemma_jax.config import GLOBAL, GemmaConfig
 from gemma_jax.errors import GemmaError, UsageError
 from gemma_jax.model import kernels
-from gemma_jax.model.delta import EPS, delta_map, einsum, l2_normalize, matrix_einsum
+from gemma_jax.model.delta import EPS, delta_map, einsum, inverse_length, matrix_einsum
 from gemma_jax.model.rule import Features, Memory, MemoryRule, Parameter, Params
 from gemma_jax.model.slots import Slots
 
@@ -46,7 +46,7 @@ class Linear(MemoryRule):
     def read(self, p, memory, q, attended):
         def plain(q, attended, M, z, weight):
             phi = elu_plus_one(self.grouped(q))
-            found = _find(phi, M, q.dtype)
+            found = matrix_einsum("BTKGF,BKFC->BTKGC", phi, M, rounded_to=q.dtype)
             found = _divide(found, einsum("BTKGF,BKF->BTKG", phi, z)).reshape(attended.shape)
             weight = weight[:, None]
             return (weight * found + (1.0 - weight) * attended).astype(attended.dtype)
@@ -128,13 +128,21 @@ class GatedDelta(MemoryRule):
 
     def read(self, p, memory, q, attended):
         def plain(q, attended, M, gate):
-            found = _find(l2_normalize(self.grouped(q)), M, q.dtype)
+            found = self._find(q, M)
             found = found * jax.lax.rsqrt(jnp.mean(found**2, axis=-1, keepdims=True) + EPS)
             found = gate[:, None] * found.reshape(attended.shape)
             return (attended + found).astype(attended.dtype)
 
         read = _fastest(plain, "add_normalized_read", q, self.config.num_kv_heads)
         return read(q, attended, memory["M"], p["gate"].astype(jnp.float32))
+
+    def _find(
+        self, q: Float[Array, "B T H C"], M: Float[Array, "B K C C"]
+    ) -> Float[Array, "B T K G C"]:
+        """l2_normalize(q) M; the product comes first, so that queries enter it as they are."""
+        grouped = self.grouped(q)
+        found = matrix_einsum("BTKGF,BKFC->BTKGC", grouped, M, rounded_to=q.dtype)
+        return found * inverse_length(grouped)
 
     def lookup(self, p, memory):
         from gemma_jax.model.kernels.decode import Lookup
@@ -172,7 +180,7 @@ class SelectiveDelta(GatedDelta):
         }
 
     def read(self, p, memory, q, attended):
-        found = _find(l2_normalize(self.grouped(q)), memory["M"], q.dtype)
+        found = self._find(q, memory["M"])
         logit = einsum("BTHC,HC->BTH", q.astype(jnp.float32), p["read_kernel"]) + p["read_bias"]
         gate = p["gate"] * jax.nn.sigmoid(logit)
         return (attended + gate[..., None] * found.reshape(attended.shape)).astype(attended.dtype)
@@ -196,13 +204,6 @@ def _fastest(plain: Callable, name: str, q: Array, kv_heads: int) -> Callable:
     if not read.takes(q.shape[1], q.shape[2] // kv_heads, q.shape[3]):
         return plain
     return kernels.with_gradient_of(plain, getattr(read, name))
-
-
-def _find(
-    q: Float[Array, "B T K G F"], M: Float[Array, "B K F C"], dtype
-) -> Float[Array, "B T K G C"]:
-    """q M in float32, as exact as results need to be that are rounded to `dtype`."""
-    return matrix_einsum("BTKGF,BKFC->BTKGC", q, M, rounded_to=dtype)
 
 
 def _divide(found: Array, total: Array) -> Array:
