@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.model import kernels
-from gemma_jax.model.weights import INIT, Weight, declare_weight, product
+from gemma_jax.model.weights import INIT, Weight, declare_weight, product, product_in_halves
 
 
 def declare(
@@ -89,7 +89,7 @@ def geglu(x: Float[Array, "B T D"], gate_up: Weight) -> Float[Array, "B T M"]:
     (*tokens, width), mlp_dim = x.shape, gate_up.values.shape[0] // 2
 
     def plain(x: Array, gate_up: Weight) -> Array:
-        gate, up = jnp.split(product(x, gate_up), 2, axis=-1)
+        gate, up = product_in_halves(x, gate_up)
         return nn.gelu(gate, approximate=True) * up
 
     if x.dtype != jnp.bfloat16 or not kernels.wanted():

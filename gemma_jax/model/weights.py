@@ -153,6 +153,47 @@ def product_apart(
     return kernels.with_gradient_of(plain, apart)(x, weight)
 
 
+def product_in_halves(
+    x: Float[Array, "*b K"], weight: Weight
+) -> tuple[Float[Array, "*b _"], Float[Array, "*b _"]]:
+    """The first half of the columns of x W^T, and the last."""
+    plain = x.dtype == weight.values.dtype == jnp.bfloat16
+    if plain and kernels.compute_capability() >= kernels.AMPERE:
+        return _apart_in_gradient(x, weight.values)
+    return _halves(x, weight)
+
+
+def _halves(x: Array, weight: Weight) -> tuple[Array, Array]:
+    return tuple(jnp.split(product(x, weight), 2, axis=-1))
+
+
+@jax.custom_vjp
+def _apart_in_gradient(x: Float[Array, "*b K"], matrix: Float[Array, "N K"]) -> tuple[Array, Array]:
+    """The halves, with a gradient that is not joined from theirs before it is multiplied: of a long
+    sequence that would take a third of the time of a product."""
+    return _halves(x, Weight(matrix))
+
+
+def _halves_and_operands(
+    x: Array, matrix: Array
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    return _halves(x, Weight(matrix)), (x, matrix)
+
+
+def _gradients_apart(kept: tuple[Array, Array], slopes: tuple[Array, Array]) -> tuple[Array, Array]:
+    x, matrix = kept
+    first, last = (
+        jnp.einsum("...N,NK->...K", slope, half, preferred_element_type=jnp.float32)
+        for slope, half in zip(slopes, jnp.split(matrix, 2), strict=True)
+    )
+    rows = x.reshape(-1, x.shape[-1])
+    of_halves = [jnp.einsum("TN,TK->NK", slope.reshape(len(rows), -1), rows) for slope in slopes]
+    return (first + last).astype(x.dtype), jnp.concatenate(of_halves)
+
+
+_apart_in_gradient.defvjp(_halves_and_operands, _gradients_apart)
+
+
 def product_of_one(x: Float[Array, "*b K"], weight: Weight, dtype=None) -> Float[Array, "*b N"]:
     """The same for a single row: sums along the rows of the matrix, which a GPU reads but once."""
     found = jnp.sum(weight.values.astype(jnp.float32) * x.reshape(-1).astype(jnp.float32), axis=1)

@@ -1,6 +1,7 @@
 """Weight matrices: int8 is as near as eight bits allow, and products agree with float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,17 @@ import pytest
 from reference import NumpyGemma, all_logits, random_params, random_tokens, tiny_config
 
 import gemma_jax
-from gemma_jax.model.weights import SCALE, Weight, product, product_of_one, quantize
+from gemma_jax.model import kernels
+from gemma_jax.model.layers import geglu
+from gemma_jax.model.transformer import keep_products
+from gemma_jax.model.weights import (
+    SCALE,
+    Weight,
+    product,
+    product_in_halves,
+    product_of_one,
+    quantize,
+)
 
 
 def test_int8_is_the_nearest_of_255_steps():
@@ -78,3 +89,52 @@ def test_random_int8_weights_are_of_the_usual_size():
     assert mlp["down"].dtype == jnp.int8 and mlp["down" + SCALE].shape == (64,)
     spread = float(jnp.std(mlp["down"] * mlp["down" + SCALE][:, None]))
     assert abs(spread - 0.02) < 1e-3
+
+
+def test_halves_of_a_product_and_their_gradients_are_those_of_the_product(monkeypatch):
+    monkeypatch.setattr(kernels, "compute_capability", lambda: kernels.AMPERE)
+    rng = np.random.default_rng(0)
+    x, matrix, slope = (
+        jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+        for shape in ((2, 5, 24), (64, 24), (2, 5, 64))
+    )
+    halves, pull = jax.vjp(lambda x, matrix: product_in_halves(x, Weight(matrix)), x, matrix)
+    of_x, of_matrix = pull(tuple(jnp.split(slope, 2, axis=-1)))
+    assert [half.shape for half in halves] == [(2, 5, 32)] * 2
+    exact = [np.asarray(y, np.float64) for y in (x, matrix, slope)]
+    wanted = exact[0] @ exact[1].T, exact[2] @ exact[1], np.einsum("BTN,BTK->NK", *exact[2::-2])
+    for found, exact in zip((jnp.concatenate(halves, -1), of_x, of_matrix), wanted, strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(
+            np.asarray(found, np.float64), exact, rtol=0, atol=2**-8 * np.abs(exact).max()
+        )
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_halves_of_a_product_with_other_weights_are_those_of_the_product(kind, monkeypatch):
+    """They are neither rounded to bfloat16 nor made dense for a single token."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 1, 24)), jnp.bfloat16)
+    values = rng.normal(size=(64, 24)).astype(np.float32)
+    weight = Weight(*map(jnp.asarray, quantize(values) if kind == "int8" else (values,)))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    wanted = product(x, weight)
+    monkeypatch.setattr(kernels, "compute_capability", lambda: kernels.AMPERE)
+    monkeypatch.setattr(Weight, "dense", None)
+    halves = product_in_halves(x, weight)
+    np.testing.assert_array_equal(jnp.concatenate(halves, -1), wanted)
+
+
+def test_the_gradient_of_a_feed_forward_joins_nothing_and_computes_no_product_again(monkeypatch):
+    monkeypatch.setattr(kernels, "compute_capability", lambda: kernels.AMPERE)
+    x, matrix = jnp.ones((1, 5, 24), jnp.bfloat16), jnp.ones((64, 24), jnp.bfloat16)
+
+    @functools.partial(jax.checkpoint, policy=keep_products)
+    def loss(x, matrix):
+        return geglu(x, Weight(matrix)).astype(jnp.float32).sum()
+
+    written = jax.jit(jax.grad(loss, (0, 1))).lower(x, matrix).as_text()
+    assert written.count("stablehlo.dot_general") == 5  # one, and two for each gradient
+    assert [line.split("-> ")[-1] for line in written.splitlines() if "concatenate" in line] == [
+        "tensor<64x24xbf16>"
+    ]
