@@ -7,17 +7,19 @@ partial softmaxes (as Flash-Decoding does), sums what was found in memory, and m
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 KEYS = 32  # of one step of a program
-PROGRAMS = 512  # a few per multiprocessor
+PROGRAMS = 256  # two per multiprocessor
 HEADS = 16  # the fewest rows that tensor cores multiply; a group of fewer is repeated
+ALONE = 132  # programs that have a multiprocessor each, and so may be wider
 DEPTH = 32  # rows of memory of a program
 NOTHING = -1e30  # score of what is not seen
 
@@ -48,15 +50,27 @@ class Lookup:
             return q
         return jnp.where(q > 0.0, q + 1.0, jnp.exp(jnp.minimum(q, 0.0)))
 
-    def mix(self, q: Array, found: Array, attended: Array, gate: Array, total: Array) -> Array:
-        """Of one query head, float32: vectors [C], and `total` [C] if there is one."""
+    def mix(
+        self,
+        q: Array,
+        found: Array,
+        attended: Array,
+        gate: Array,
+        total: Array | None,
+        spread: Callable[[Array], Array] = lambda number: number,
+    ) -> Array:
+        """Of one query head, float32: vectors [C], and `total` [C] if there is one.
+
+        Or of several, [H, C], if `spread` repeats their numbers [H], as `gate` is then, along columns.
+        """
         if self.total is None:
-            found *= jax.lax.rsqrt(jnp.sum(q * q) + self.eps)
-            found *= jax.lax.rsqrt(jnp.sum(found * found) / found.size + self.eps)
-            return attended + gate * found
-        total = jnp.sum(self.features(q) * total)
-        found *= jnp.where(total == 0.0, 0.0, 1.0 / jnp.where(total == 0.0, 1.0, total))
-        return gate * found + (1.0 - gate) * attended
+            found *= spread(jax.lax.rsqrt(jnp.sum(q * q, axis=-1) + self.eps))
+            size = jnp.sum(found * found, axis=-1) / found.shape[-1]
+            found *= spread(jax.lax.rsqrt(size + self.eps))
+            return attended + spread(gate) * found
+        total = jnp.sum(self.features(q) * total, axis=-1)
+        found *= spread(jnp.where(total == 0.0, 0.0, 1.0 / jnp.where(total == 0.0, 1.0, total)))
+        return spread(gate) * found + spread(1.0 - gate) * attended
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "softcap", "interpret"))
@@ -84,8 +98,7 @@ def attend(
     """
     (batch, window, kv_heads, dim), heads = keys.shape, q.shape[1]
     group, steps = heads // kv_heads, window // KEYS
-    steps_each = 1 << max(batch * kv_heads * steps // PROGRAMS, 1).bit_length() - 1
-    programs = pl.cdiv(steps, steps_each)
+    programs = pl.cdiv(steps, 1 << max(batch * kv_heads * steps // PROGRAMS, 1).bit_length() - 1)
     readers = dim // DEPTH if lookup else 0
     row = pl.BlockSpec((None, group, dim), lambda b, k, i: (b, k, 0))
     stream = pl.BlockSpec((None, window, None, dim), lambda b, k, i: (b, 0, k, 0))
@@ -102,7 +115,7 @@ def attend(
 
         @pl.when(program < programs)
         def attention():
-            part = functools.partial(_attend, group=group, steps=steps_each, program=program)
+            part = functools.partial(_attend, group=group, program=program, programs=programs)
             part(*inputs[:8], *outputs[:3], scale=scale, softcap=softcap)
 
         if lookup:
@@ -112,7 +125,8 @@ def attend(
                 reader = program - programs
                 depth, rows = pl.ds(reader * DEPTH, DEPTH), _rows(group)
                 features = lookup.features(inputs[0][rows, depth].astype(jnp.float32))
-                outputs[3][reader, :, :] = dot(features, inputs[8][depth, :], precision="highest")
+                found = dot(features, inputs[8][depth, :], precision="highest")
+                plgpu.store(outputs[3].at[reader], found, mask=_once(group, found))
 
     def of_head(shape: tuple[int, ...]) -> pl.BlockSpec:
         zeros = (0,) * len(shape)
@@ -129,7 +143,9 @@ def attend(
         out_shape=[
             jax.ShapeDtypeStruct((batch, kv_heads, *shape), jnp.float32) for shape in shapes
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=4 if batch * kv_heads * programs > ALONE else 8, num_stages=3
+        ),
         name="attend_one",
         interpret=interpret,
     )(*[operand for operand, _ in operands])
@@ -139,6 +155,11 @@ def attend(
 def _rows(group: int) -> Int[Array, " HEADS"]:
     """The query heads of a group, repeated."""
     return jax.lax.broadcasted_iota(jnp.int32, (HEADS,), 0) % group
+
+
+def _once(group: int, like: Array) -> Bool[Array, "HEADS ..."]:
+    """Which rows of a result are of heads that are not repeated: the others need not be stored."""
+    return jax.lax.broadcasted_iota(jnp.int32, like.shape, 0) < group
 
 
 def _attend(
@@ -155,14 +176,15 @@ def _attend(
     total_ref,
     *,
     group,
-    steps,
     program,
+    programs,
     scale,
     softcap,
 ):
     half, dtype, row = q_ref.shape[1] // 2, q_ref.dtype, _rows(group)
     first, last, sees_sink = seen_ref[0], seen_ref[1], seen_ref[2]
-    begin = program * steps * KEYS
+    begin, end = first // KEYS, last // KEYS + 1  # steps with keys that are seen
+    each = pl.cdiv(end - begin, programs)
     halves = (pl.ds(0, half), pl.ds(half, half))
     q = [q_ref[row, part].astype(jnp.float32) for part in halves]
 
@@ -177,7 +199,7 @@ def _attend(
 
     def step(i, carry):
         out, best, total = carry
-        start = begin + i * KEYS
+        start = i * KEYS
         at = pl.ds(start, KEYS)
         value = [value_ref[at, part] for part in halves]
         key = [key_ref[at, part].astype(jnp.float32) for part in halves]
@@ -206,13 +228,13 @@ def _attend(
     best = jnp.where(with_sink, cap(score), NOTHING)
     total = jnp.where(with_sink, jnp.ones_like(best), 0.0)
     out = tuple(total[:, None] * sink_value_ref[part].astype(jnp.float32)[None] for part in halves)
-    low = jnp.clip(first // KEYS - program * steps, 0, steps)
-    high = jnp.clip(last // KEYS + 1 - program * steps, 0, steps)
-    out, best, total = jax.lax.fori_loop(low, high, step, (out, best, total))
+    begin += program * each
+    end = jnp.minimum(begin + each, end)
+    out, best, total = jax.lax.fori_loop(begin, end, step, (out, best, total))
     for x, part in zip(out, halves, strict=True):
-        out_ref[program, :, part] = x
-    best_ref[program, :] = best
-    total_ref[program, :] = total
+        plgpu.store(out_ref.at[program, :, part], x, mask=_once(group, x))
+    plgpu.store(best_ref.at[program], best, mask=_once(group, best))
+    plgpu.store(total_ref.at[program], total, mask=_once(group, total))
 
 
 def _join(
