@@ -12,11 +12,15 @@ from gemma_jax.model.scan import logits as logits_of
 from gemma_jax.model.state import State
 from gemma_jax.model.transformer import Params, Transformer
 
+# Kernels that do not wait for each other may run side by side: most of them are small.
+SIDE_BY_SIDE = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+
 
 @functools.partial(
     jax.jit,
     static_argnames=("config", "sampling", "num_tokens"),
     donate_argnames=("state",),
+    compiler_options=SIDE_BY_SIDE,
 )
 def decode_block(
     params: Params,
