@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.config import Rope
 from gemma_jax.model import determinism, kernels
@@ -212,20 +212,13 @@ def attention_of_one(
     """`local_attention` of one new token a row by kernels; with `lookup`, memory is read too."""
     from gemma_jax.model.kernels import decode as kernel
 
-    last = history + span.fill
-    first = jnp.maximum(history - span.past, 0)
-    if window is not None:
-        first = jnp.maximum(first, last - window + 1)
-    sees_sink = jnp.zeros_like(last)
-    if sink is not None:
-        sees_sink = _sink_is_seen(span, history)[:, 0].astype(jnp.int32)
     cosine, sine = map(jnp.asarray, rope_table(rope, q.shape[-1], keys.shape[1] + 1))
     out = kernel.attend(
         q[:, 0],
         keys,
         values,
         (keys, values) if sink is None else sink,  # without one, nothing of it is seen
-        jnp.stack([first, last, sees_sink], axis=1),
+        seen_by_one(span, history, window, has_sink=sink is not None),
         cosine,
         sine,
         lookup,
@@ -233,6 +226,20 @@ def attention_of_one(
         softcap=softcap,
     )
     return out[:, None]
+
+
+def seen_by_one(
+    span: Span, history: int, window: int | None, *, has_sink: bool
+) -> Int[Array, "B 3"]:
+    """What the one new token of each row sees: the first key of its window, the last, and the sink."""
+    last = history + span.fill
+    first = jnp.maximum(history - span.past, 0)
+    if window is not None:
+        first = jnp.maximum(first, last - window + 1)
+    sees_sink = jnp.zeros_like(last)
+    if has_sink:
+        sees_sink = _sink_is_seen(span, history)[:, 0].astype(jnp.int32)
+    return jnp.stack([first, last, sees_sink], axis=1)
 
 
 def _sink_is_seen(span: Span, history: int) -> Bool[Array, "B N"]:

@@ -195,6 +195,11 @@ def lookup_of(rule: MemoryRule, p: Params, memory: Memory) -> Any:
     return rule.lookup(p, memory) if owner("read") is owner("lookup") else None
 
 
+def reads_nothing(rule: MemoryRule) -> bool:
+    """Whether local attention is all that a layer with this rule attends to."""
+    return type(rule).read is MemoryRule.read
+
+
 def _fastest(plain: Callable, name: str, q: Array, kv_heads: int) -> Callable:
     """`plain`, or the kernel that reads memory in the same way, where it takes such queries."""
     if q.dtype != jnp.bfloat16 or not kernels.wanted():

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.config import GLOBAL, SLIDING, GemmaConfig
-from gemma_jax.model import kernels
+from gemma_jax.model import decoding, kernels
 from gemma_jax.model import memory as memory_lib
 from gemma_jax.model.attention import attention_of_one, decoding_kernel_takes, local_attention
 from gemma_jax.model.layers import Embedder, FeedForward, RMSNorm, declare
@@ -226,8 +226,22 @@ def layer_function(config: GemmaConfig, layer_type: str, remat: bool) -> Callabl
     kind = nn.remat(Block, policy=keep_products) if remat else Block
     block = kind(config, layer_type, parent=None)
 
-    def apply(params: Params, *given: Any) -> tuple[tuple[Array, LayerState], Params]:
+    def plain(params: Params, *given: Any) -> tuple[tuple[Array, LayerState], Params]:
         return block.apply({"params": params}, *given, mutable=[LOSSES])
+
+    def by_kernel(params: Params, *given: Any) -> tuple[tuple[Array, LayerState], Params]:
+        return decoding.layer_of_one(config, params, *given), {}
+
+    def apply(
+        params: Params,
+        x: Array,
+        state: LayerState,
+        span: Span,
+        only: Int[Array, " B"] | None = None,
+    ) -> tuple[tuple[Array, LayerState], Params]:
+        if only is None and decoding.takes(config, layer_type, params, x, state, span):
+            return kernels.with_gradient_of(plain, by_kernel)(params, x, state, span)
+        return plain(params, x, state, span, only)
 
     return jax.jit(apply, inline=True)
 

@@ -18,6 +18,7 @@ from gemma_jax.model import attention, kernels, memory
 from gemma_jax.model.kernels import attention as attention_kernel
 from gemma_jax.model.kernels import decode as decode_kernel
 from gemma_jax.model.kernels import delta as delta_kernel
+from gemma_jax.model.kernels import layer as layer_kernel
 from gemma_jax.model.kernels import products as products_kernel
 from gemma_jax.model.kernels import read as read_kernel
 from gemma_jax.model.memory import make_rule
@@ -205,6 +206,122 @@ def test_one_token(rule, kind, softcap, batch):
     assert_near(found, wanted, 2 * BF16)
 
 
+@interprets_hopper
+@pytest.mark.parametrize(
+    "rule, quantized, seen",
+    [
+        ("gated_delta", False, (0, 77, 1, 1)),
+        ("linear", True, (40, 127, 0, 1)),
+        ("off", False, (0, 5, 0, 0)),
+    ],
+)
+def test_layer_of_one(rule, quantized, seen, monkeypatch):
+    """One program does all that falls to the many of a GPU, on small shapes."""
+    heads, dim, window, mlp_dim = 2, 256, 128, 1024
+    width = heads * dim
+    for name, value in (("SHARES", 16), ("PARTS", heads)):
+        monkeypatch.setattr(layer_kernel, name, value)
+
+    def integer_product(rows, vectors):  # the interpreter has no such product
+        rows = rows.astype(jnp.int32)
+        sums = [(rows * y.astype(jnp.int32)[None]).sum(axis=1) for y in vectors]
+        return [s.reshape(len(s), 32, -1).sum(axis=2) for s in sums]
+
+    monkeypatch.setattr(layer_kernel, "integer_product", integer_product)
+
+    def matrix(seed, outputs, inputs):
+        values = normal(seed, outputs, inputs, dtype=jnp.float32) * inputs**-0.5
+        scale = None
+        if quantized:
+            scale = jnp.abs(values).max(axis=1) / 127
+            values = jnp.round(values / scale[:, None])
+        values = values.astype(jnp.int8 if quantized else jnp.bfloat16)
+        return layer_kernel.Matrix(values.reshape(outputs, -1, 256), scale)
+
+    layer = layer_kernel.Layer(
+        normal(0, width) * 0.1,
+        matrix(1, (heads + 2) * dim, width),
+        matrix(2, width, heads * dim),
+        normal(3, width) * 0.1,
+        matrix(4, 2 * mlp_dim, width),
+        matrix(5, width, mlp_dim),
+    )
+    x, keys, values = normal(6, width), normal(7, window, dim), normal(8, window, dim)
+    sink = normal(9, dim), normal(10, dim)
+    rope = Rope(10_000.0)
+    cosine, sine = map(jnp.asarray, rope_table(rope, dim, window + 1))
+    lookup = None
+    if rule != "off":
+        lookup = decode_kernel.Lookup(
+            normal(11, 1, 1, dim, dim, dtype=jnp.float32),
+            jnp.array([0.7, -0.4]),
+            jnp.abs(normal(12, 1, 1, dim, dtype=jnp.float32)) if rule == "linear" else None,
+        )
+    y, *found = on_simulated_hopper(
+        layer_kernel.layer_of_one,
+        *(x, layer, keys, values, sink, jnp.array(seen), cosine, sine, lookup),
+        eps=1e-6,
+        scale=dim**-0.5,
+        programs=1,
+    )
+    wanted_y, *wanted = layer_in_float64(
+        x, layer, keys, values, sink, seen, cosine, sine, lookup, scale=dim**-0.5
+    )
+    for a, b in zip(found, wanted, strict=True):
+        assert_near(a, b, 2 * BF16)
+    assert_near(y - x.astype(jnp.float32), wanted_y - np.asarray(x, np.float64), 4 * BF16)
+
+
+def layer_in_float64(x, layer, keys, values, sink, seen, cosine, sine, lookup, *, scale):
+    """The layer for one token, written out in NumPy."""
+    x, keys, values, sink, cosine, sine = jax.tree.map(
+        lambda y: np.array(y, np.float64), (x, keys, values, sink, cosine, sine)
+    )
+    dim, (first, last, sees_sink, kept) = keys.shape[1], map(int, seen)
+
+    def dense(matrix):
+        found = np.asarray(matrix.values, np.float64).reshape(len(matrix.values), -1)
+        return found if matrix.scale is None else found * np.asarray(matrix.scale)[:, None]
+
+    def norm(y, gain):
+        return y / np.sqrt((y * y).mean() + 1e-6) * (1 + np.asarray(gain, np.float64))
+
+    def turn(y, at):
+        left, right = np.split(y, 2)
+        return np.concatenate(
+            [left * cosine[at] - right * sine[at], right * cosine[at] + left * sine[at]]
+        )
+
+    normed = norm(x, layer.pre_attention_scale)
+    qkv = dense(layer.qkv) @ normed
+    *queries, key, value = qkv.reshape(-1, dim)
+    keys[last], values[last] = key, value
+    found = []
+    for h, query in enumerate(queries):
+        seen_keys = {i + 1: (keys[i], values[i]) for i in range(first, last + 1)}
+        if sees_sink:
+            seen_keys[0] = sink
+        turned = turn(query, last + 1)
+        score = np.array([turn(k, at) @ turned * scale for at, (k, _) in seen_keys.items()])
+        weight = np.exp(score - score.max())
+        attended = weight @ np.stack([v for _, v in seen_keys.values()]) / weight.sum()
+        if lookup is not None:
+            gate, matrix = float(lookup.gate[h]), np.asarray(lookup.matrix[0, 0], np.float64)
+            if lookup.total is None:
+                read = query @ matrix / np.sqrt(query @ query + 1e-6)
+                attended = attended + gate * read / np.sqrt((read * read).mean() + 1e-6)
+            else:
+                phi = np.where(query > 0, query + 1, np.exp(np.minimum(query, 0)))
+                read = phi @ matrix / (phi @ np.asarray(lookup.total[0, 0], np.float64))
+                attended = gate * read + (1 - gate) * attended
+        found.append(attended)
+    middle = x + dense(layer.out) @ np.concatenate(found)
+    gate, up = np.split(dense(layer.gate_up) @ norm(middle, layer.pre_mlp_scale), 2)
+    gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    keys[last], values[last] = kept * key, kept * value
+    return middle + dense(layer.down) @ (gelu * up), normed, qkv, keys, values
+
+
 def test_a_rule_that_reads_in_its_own_way_is_not_read_by_the_kernel():
     class Louder(memory.GatedDelta):
         def read(self, p, memory, q, attended):
@@ -261,6 +378,60 @@ def test_a_step_of_decoding_uses_them(monkeypatch):
     jax.clear_caches()
     assert calls
     assert np.linalg.norm(found - wanted) <= 0.02 * np.linalg.norm(wanted)
+
+
+def test_a_step_of_one_text_takes_a_kernel_for_each_layer(monkeypatch):
+    """Within a segment, where the model and its rule are such that the kernel takes them."""
+    config = tiny_config(
+        rule="gated_delta", segment_length=64, dtype="bfloat16", layer_types=(GLOBAL,)
+    )
+    shapes = {"width": 512, "mlp_dim": 1024, "num_heads": 2, "num_kv_heads": 1, "head_dim": 256}
+    config = dataclasses.replace(config, qk_norm=False, post_norms=False, **shapes)
+    params, tokens = random_params(config, scale=0.03), random_tokens(config, 1, 203)
+
+    def written(config):
+        jax.clear_caches()
+        logits, state = prefill(params, tokens, init_state(config), config=config)
+        options = {"config": config, "sampling": Greedy(), "key": jax.random.key(0)}
+        _, _, logits, state = decode_block(params, logits, state, num_tokens=2, **options)
+        return logits, state.layers[0]
+
+    wanted = written(config)
+    calls = []
+
+    def layer_of_one(x, layer, keys, values, *args, eps, scale):
+        calls.append(eps)
+        sizes = x.shape, x.shape, layer.qkv.values.shape[:1], keys.shape, values.shape
+        return jax.pure_callback(
+            lambda *args: tuple(y.astype(x.dtype) for y in layer_in_float64(*args, scale=scale)),
+            tuple(jax.ShapeDtypeStruct(size, x.dtype) for size in sizes),
+            *(x, layer, keys, values, *args),
+        )
+
+    monkeypatch.setattr(layer_kernel, "layer_of_one", layer_of_one)
+    for name, value in (("SHARES", 16), ("PARTS", 2), ("available", lambda: True)):
+        monkeypatch.setattr(layer_kernel, name, value)
+    monkeypatch.setattr(kernels, "wanted", lambda: True)
+    for module in (attention_kernel, products_kernel, delta_kernel, read_kernel, decode_kernel):
+        monkeypatch.setattr(module, "takes", lambda *args: False)
+    for changes in ({"qk_norm": True}, {"post_norms": True}, {"attention_softcap": 9.0}):
+        other = dataclasses.replace(config, **changes)
+        decode_block.trace(
+            abstract_params(other),
+            jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32),
+            jax.eval_shape(lambda other=other: init_state(other)),
+            config=other,
+            sampling=Greedy(),
+            key=jax.random.key(0),
+            num_tokens=2,
+        )
+    assert not calls
+    found = written(config)
+    jax.clear_caches()
+    assert calls
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        a, b = (np.asarray(y, np.float64) for y in (a, b))
+        assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
 
 
 @pytest.mark.parametrize(
