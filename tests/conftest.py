@@ -8,9 +8,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault(
-    "NPROC", "4"
-)  # XLA's threads: warpgroups of a simulated GPU wait for each other
+# XLA's threads: the warpgroups of a simulated GPU wait for each other.
+os.environ.setdefault("NPROC", "4")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # the user's own is left alone
 
 import jax
