@@ -29,6 +29,8 @@ def takes(
         return False
     if config.qk_norm or config.post_norms or config.attention_softcap is not None:
         return False
+    if params["attention"]["qkv"].dtype not in (jnp.bfloat16, jnp.int8):
+        return False
     from gemma_jax.model.kernels import layer as kernel
 
     shapes = (config.width, config.mlp_dim, config.num_heads, config.num_kv_heads, config.head_dim)

@@ -414,10 +414,13 @@ def test_a_step_of_one_text_takes_a_kernel_for_each_layer(monkeypatch):
     monkeypatch.setattr(kernels, "wanted", lambda: True)
     for module in (attention_kernel, products_kernel, delta_kernel, read_kernel, decode_kernel):
         monkeypatch.setattr(module, "takes", lambda *args: False)
-    for changes in ({"qk_norm": True}, {"post_norms": True}, {"attention_softcap": 9.0}):
+    for changes in ({"qk_norm": True}, {"post_norms": True}, {"attention_softcap": 9.0}, {}):
         other = dataclasses.replace(config, **changes)
+        given = abstract_params(other)
+        if not changes:  # float32 parameters
+            given = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), given)
         decode_block.trace(
-            abstract_params(other),
+            given,
             jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32),
             jax.eval_shape(lambda other=other: init_state(other)),
             config=other,
