@@ -24,12 +24,15 @@ def takes(
     config: GemmaConfig, layer_type: str, params: Params, x: Array, state: LayerState, span: Span
 ) -> bool:
     """Whether `layer_of_one` does such a step of such a layer."""
-    step = span.steady and span.slots == 1 and len(x) == 1 and x.dtype == jnp.bfloat16
+    step = span.steady and span.slots == 1 and span.wanted is None
+    step = step and len(x) == 1 and x.dtype == jnp.bfloat16
     if not step or layer_type != GLOBAL or not kernels.wanted():
         return False
     if config.qk_norm or config.post_norms or config.attention_softcap is not None:
         return False
-    if params["attention"]["qkv"].dtype not in (jnp.bfloat16, jnp.int8):
+    attention, mlp = params["attention"], params["mlp"]
+    dtypes = {m.dtype for m in (attention["qkv"], attention["out"], mlp["gate_up"], mlp["down"])}
+    if dtypes not in ({jnp.dtype("bfloat16")}, {jnp.dtype("int8")}):
         return False
     from gemma_jax.model.kernels import layer as kernel
 

@@ -157,3 +157,19 @@ def test_nothing_recompiles_for_another_prompt():
         logits, state = gemma_jax.prefill(params, tokens, state, config=config, lengths=lengths)
         decode(logits, state, 12)
     assert gemma_jax.prefill._cache_size() == before
+
+
+def test_it_can_be_part_of_another_program():
+    config = tiny_config()
+    params, logits = random_params(config), jnp.zeros((1, config.vocab_size))
+    options = {
+        "config": config,
+        "sampling": gemma_jax.Greedy(),
+        "key": jax.random.key(0),
+        "num_tokens": 3,
+    }
+
+    def block(logits):
+        return gemma_jax.decode_block(params, logits, gemma_jax.init_state(config), **options)[0]
+
+    np.testing.assert_array_equal(jax.jit(block)(logits), block(logits))

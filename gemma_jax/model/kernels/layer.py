@@ -69,7 +69,8 @@ def available() -> bool:
 def takes(width: int, mlp_dim: int, heads: int, kv_heads: int, head_dim: int, window: int) -> bool:
     """Whether the kernel divides these shapes evenly."""
     tile = PARTS * COLUMNS
-    even = width % tile == mlp_dim % tile == 0 and window in (8 * SHARES, 16 * SHARES, 32 * SHARES)
+    even = width == tile and mlp_dim % tile == 0 and mlp_dim > tile
+    even &= window in (8 * SHARES, 16 * SHARES, 32 * SHARES)
     return even and kv_heads == 1 and (heads, head_dim) == (PARTS, COLUMNS)
 
 
@@ -146,7 +147,7 @@ def layer_of_one(
     ):
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
         counts = [pl.cdiv(n - program, jnp.int32(programs)) for n in tiles]
-        early = chunks[3] * 3 // 4  # parts of the hidden vector, with which the product may begin
+        early = chunks[3] * 3 // 4  # chunks of the hidden vector, with which the product may begin
         if programs > 1:
             meeting = pl.get_global(plgpu.SemaphoreType.REGULAR)
             ready = pl.get_global(plgpu.SemaphoreType.REGULAR((2,)))
@@ -532,10 +533,17 @@ def layer_of_one(
 
             @pl.when((warpgroup == 0) & (number == lax.div(last, jnp.int32(share))))
             def keep_token():
-                kept = given["seen"][3].astype(f32)
+                kept = given["seen"][3] > 0
                 for i, name in enumerate(("keys", "values")):
-                    new = load(out["qkv"].at[heads + i], whole.reduce(0))
-                    given[name].at[last][...] = (new * kept).astype(dtype)
+                    place, layout = given[name].at[last], whole.reduce(0)
+
+                    @pl.when(kept)
+                    def new(place=place, source=out["qkv"].at[heads + i], layout=layout):
+                        place[...] = plgpu.load(source, layout=layout, optimized=False)
+
+                    @pl.when(~kept)
+                    def nothing(place=place, layout=layout):
+                        place[...] = plgpu.layout_cast(jnp.zeros((dim,), dtype), layout)
 
             for h, found in enumerate(read):
                 out["found"].at[number, warpgroup * own + h][...] = found
