@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Float, Int
 
 from gemma_jax.config import GemmaConfig
@@ -17,9 +16,28 @@ from gemma_jax.model.transformer import Params, Transformer
 
 # Kernels that do not wait for each other may run side by side: most of them are small.
 SIDE_BY_SIDE = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-NOT_TRACED = get_opaque_trace_state()
 
 
+def _compiled(block: Callable) -> Callable:
+    """`block` by `jax.jit`; with options of the compiler but where it is part of another program."""
+    names = {
+        "static_argnames": ("config", "sampling", "num_tokens"),
+        "donate_argnames": ("state",),
+    }
+    alone, within = jax.jit(block, compiler_options=SIDE_BY_SIDE, **names), jax.jit(block, **names)
+
+    @functools.wraps(block)
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        leaves = jax.tree.leaves((args, kwargs))
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        return (within if traced else alone)(*args, **kwargs)
+
+    for name in ("lower", "trace", "_cache_size"):
+        setattr(compiled, name, getattr(alone, name))
+    return compiled
+
+
+@_compiled
 def decode_block(
     params: Params,
     logits: Float[Array, "B V"],
@@ -76,27 +94,3 @@ def decode_block(
         carry, (tokens, counts) = jax.lax.cond(changes, any_step, steady, carry)
     logits, state, _ = carry
     return tokens.T, counts.sum(axis=0), logits, state
-
-
-def _compiled(block: Callable) -> Callable:
-    """`block` by `jax.jit`, with options of the compiler, which within another program it takes none."""
-    options = {
-        "static_argnames": ("config", "sampling", "num_tokens"),
-        "donate_argnames": ("state",),
-    }
-    alone = jax.jit(block, compiler_options=SIDE_BY_SIDE, **options)
-    within = jax.jit(block, **options)
-
-    @functools.wraps(block)
-    def compiled(*args: Any, **kwargs: Any) -> Any:
-        return (alone if get_opaque_trace_state() == NOT_TRACED else within)(*args, **kwargs)
-
-    compiled.lower, compiled.trace, compiled._cache_size = (
-        alone.lower,
-        alone.trace,
-        alone._cache_size,
-    )
-    return compiled
-
-
-decode_block = _compiled(decode_block)
