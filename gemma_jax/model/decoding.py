@@ -71,7 +71,10 @@ def layer_of_one(
         sink = state.sink_key[0, 0, 0], state.sink_value[0, 0, 0]
     cosine, sine = map(jnp.asarray, rope_table(config.rope(GLOBAL), dim, len(keys) + 1))
     seen = seen_by_one(span, history, None, has_sink=state.sink_key is not None)
-    y, normed, qkv, keys, values = kernel.layer_of_one(
+    gate, write = memory_lib.write_gate_of(rule, p), None
+    if gate is not None:
+        write = gate, state.features["write"][0, :, 0]
+    y, normed, qkv, keys, values, gates = kernel.layer_of_one(
         x[0, 0],
         kernel.Layer(
             params["pre_attention_norm"]["scale"],
@@ -88,13 +91,16 @@ def layer_of_one(
         cosine,
         sine,
         lookup,
+        write,
         eps=config.norm_eps,
         scale=config.query_scale,
     )
+    state = state.replace(keys=keys[None, :, None], values=values[None, :, None])
+    if gates is not None:
+        return y[None, None], state.replace(features={"write": gates[None, :, None]})
     q, k, v = (
         part.reshape(1, 1, -1, dim) for part in jnp.split(qkv, [heads * dim, (heads + 1) * dim])
     )
-    state = state.replace(keys=keys[None, :, None], values=values[None, :, None])
     features = rule.features(p, normed[None, None], q, k, v)
     laid = {name: lay(state.features[name], new, span) for name, new in features.items()}
     return y[None, None], state.replace(features=laid)

@@ -20,7 +20,7 @@ from gemma_jax.config import GLOBAL, GemmaConfig
 from gemma_jax.errors import GemmaError, UsageError
 from gemma_jax.model import kernels
 from gemma_jax.model.delta import EPS, delta_map, einsum, inverse_length, matrix_einsum
-from gemma_jax.model.rule import Features, Memory, MemoryRule, Parameter, Params
+from gemma_jax.model.rule import Features, Memory, MemoryRule, Parameter, Params, WriteGate
 from gemma_jax.model.slots import Slots
 
 
@@ -108,15 +108,18 @@ class GatedDelta(MemoryRule):
         }
 
     def features(self, p, x, q, k, v):
-        logit = einsum("BTD,DK->BTK", x.astype(jnp.float32), p["write_kernel"]) + p["write_bias"]
-        soft = jax.nn.sigmoid(logit)
-        if self.config.memory.write_gate == "sigmoid":
-            return {"write": soft}
-        # Exactly 0 and 1 at the ends; outside them the gradient is the sigmoid's, so that a closed
-        # gate can open again.
-        hard = jnp.clip(logit / 4.0 + 0.5, 0.0, 1.0)
-        inside = (hard > 0.0) & (hard < 1.0)
-        return {"write": jnp.where(inside, hard, soft + jax.lax.stop_gradient(hard - soft))}
+        gate = self.write_gate(p)
+        logit = einsum("BTD,DK->BTK", x.astype(jnp.float32), gate.kernel) + gate.bias
+        opened = gate.opened(logit)
+        if not gate.hard:
+            return {"write": opened}
+        # At the ends the gradient is the sigmoid's, so that a closed gate can open again.
+        inside, soft = (opened > 0.0) & (opened < 1.0), jax.nn.sigmoid(logit)
+        return {"write": jnp.where(inside, opened, soft + jax.lax.stop_gradient(opened - soft))}
+
+    def write_gate(self, p):
+        hard = self.config.memory.write_gate != "sigmoid"
+        return WriteGate(p["write_kernel"], p["write_bias"], hard)
 
     def init(self, batch_size: int) -> Memory:
         dim = self.config.head_dim
@@ -188,11 +191,16 @@ class SelectiveDelta(GatedDelta):
 
 def lookup_of(rule: MemoryRule, p: Params, memory: Memory) -> Any:
     """The rule's `lookup`; None if it is not of the class that `read` is of, so says something else."""
+    return rule.lookup(p, memory) if _of_one_class(rule, "read", "lookup") else None
 
-    def owner(method: str) -> type:
-        return next(kind for kind in type(rule).__mro__ if method in vars(kind))
 
-    return rule.lookup(p, memory) if owner("read") is owner("lookup") else None
+def write_gate_of(rule: MemoryRule, p: Params) -> WriteGate | None:
+    """The rule's `write_gate`, likewise."""
+    return rule.write_gate(p) if _of_one_class(rule, "features", "write_gate") else None
+
+
+def _of_one_class(rule: MemoryRule, *methods: str) -> bool:
+    return len({next(kind for kind in type(rule).__mro__ if m in vars(kind)) for m in methods}) == 1
 
 
 def reads_nothing(rule: MemoryRule) -> bool:

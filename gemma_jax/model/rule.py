@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from gemma_jax.config import GemmaConfig
@@ -31,6 +32,20 @@ class Parameter:
     shape: tuple[int, ...]
     axes: tuple[str, ...]  # logical names of the axes
     init: Callable = nn.initializers.zeros
+
+
+@struct.dataclass
+class WriteGate:
+    """A write gate per token and KV head: x W + b through a sigmoid or, if `hard`, a piecewise linear one."""
+
+    kernel: Float[Array, "D K"]
+    bias: Float[Array, " K"]
+    hard: bool = struct.field(pytree_node=False)
+
+    def opened(self, logit: Array) -> Array:
+        if self.hard:  # exactly 0 and 1 at the ends
+            return jnp.clip(logit / 4.0 + 0.5, 0.0, 1.0)
+        return jax.nn.sigmoid(logit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +74,10 @@ class MemoryRule:
         Returns arrays [B, T, ...]. They are buffered in State until the segment is written.
         """
         return {}
+
+    def write_gate(self, p: Params) -> WriteGate | None:
+        """`features` as a gate alone, called `write`, if that is all; else None."""
+        return None
 
     def init(self, batch_size: int) -> Memory:
         """The memory of a text of which nothing was written yet: arrays [B, ...]."""

@@ -23,6 +23,7 @@ from gemma_jax.model.kernels import products as products_kernel
 from gemma_jax.model.kernels import read as read_kernel
 from gemma_jax.model.memory import make_rule
 from gemma_jax.model.rope import rope_table
+from gemma_jax.model.rule import WriteGate
 from gemma_jax.model.state import Span, init_state
 from gemma_jax.model.transformer import abstract_params
 
@@ -272,9 +273,14 @@ def test_layer_of_one(rule, quantized, seen, monkeypatch):
             jnp.array([0.7, -0.4]),
             jnp.abs(normal(12, 1, 1, dim, dtype=jnp.float32)) if rule == "linear" else None,
         )
-    y, *found = on_simulated_hopper(
+    gate = WriteGate(
+        normal(13, width, 1, dtype=jnp.float32) * 0.03, jnp.array([0.2]), hard=quantized
+    )
+    gates = jnp.abs(normal(14, window, dtype=jnp.float32)).at[seen[1]].set(0.0)
+    y, *found, opened = on_simulated_hopper(
         layer_kernel.layer_of_one,
         *(x, layer, keys, values, sink, jnp.array(seen), cosine, sine, lookup),
+        None if rule == "off" else (gate, gates),
         eps=1e-6,
         scale=dim**-0.5,
         programs=1,
@@ -286,6 +292,11 @@ def test_layer_of_one(rule, quantized, seen, monkeypatch):
         assert_near(a, b, 2 * BF16)
     if not seen[3]:  # as it is where nothing was ever
         assert not np.signbit(np.asarray(found[2][seen[1]], np.float32)).any()
+    if rule == "off":
+        assert opened is None
+    else:
+        wanted_gate = gate.opened(wanted[0] @ gate.kernel + gate.bias)[0]
+        assert_near(opened, gates.at[seen[1]].set(wanted_gate), 2 * BF16)
     assert_near(y - x.astype(jnp.float32), wanted_y - np.asarray(x, np.float64), 4 * BF16)
 
 
@@ -417,13 +428,17 @@ def test_a_step_of_one_text_takes_a_kernel_for_each_layer(monkeypatch):
     calls = []
 
     def layer_of_one(x, layer, keys, values, *args, eps, scale):
+        *args, (gate, gates) = args
         calls.append(eps)
         sizes = x.shape, x.shape, layer.qkv.values.shape[:1], keys.shape, values.shape
-        return jax.pure_callback(
+        y, normed, *found = jax.pure_callback(
             lambda *args: tuple(y.astype(x.dtype) for y in layer_in_float64(*args, scale=scale)),
             tuple(jax.ShapeDtypeStruct(size, x.dtype) for size in sizes),
             *(x, layer, keys, values, *args),
         )
+        opened = gate.opened(normed.astype(jnp.float32) @ gate.kernel + gate.bias)
+        seen = args[1]
+        return y, normed, *found, gates.at[seen[1]].set(opened[0] * seen[3])
 
     monkeypatch.setattr(layer_kernel, "layer_of_one", layer_of_one)
     for name, value in (("SHARES", 16), ("PARTS", 2), ("available", lambda: True)):

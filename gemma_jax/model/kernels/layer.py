@@ -37,6 +37,7 @@ from gemma_jax.model.kernels.registers import (
     spread,
     tiled,
 )
+from gemma_jax.model.rule import WriteGate
 
 BYTES = 192 * 1024  # of shared memory for tiles
 IN_FLIGHT = 3  # half tiles on their way; one fewer until programs have attended
@@ -85,6 +86,7 @@ def layer_of_one(
     cosine: Float[Array, "L1 C/2"],
     sine: Float[Array, "L1 C/2"],
     lookup: Lookup | None,
+    write: tuple[WriteGate, Float[Array, " L"]] | None = None,
     *,
     eps: float,
     scale: float,
@@ -95,14 +97,16 @@ def layer_of_one(
     Float[Array, " HC2"],
     Float[Array, "L C"],
     Float[Array, "L C"],
+    Float[Array, " L"] | None,
 ]:
     """What the layer makes of a token; x after the first norm; the token's queries, key and value side
-    by side; the keys and values with the token's in its place.
+    by side; the keys, values and write gates with the token's in its place.
 
     Args:
         keys, values: the window, not rotated; the token's own place, `seen[1]`, is still free.
         seen, cosine, sine, lookup: as of `decode.attend`, for a batch of one; and lastly in `seen`
             whether key and value stay (0 or 1), in whose place there is nothing else.
+        write: how a token's write gate is computed, and the window's gates.
         eps: of the norms.
         scale: of the scores.
     """
@@ -553,6 +557,13 @@ def layer_of_one(
             weight = load(weights_ref, layout.reduce(1))
             return jnp.sum(spread(weight, layout, rows.shape, 0) * rows, axis=0)
 
+        def open_gate():
+            """The token's write gate."""
+            products = load(out["normed"], SHARED) * load(given["write_kernel"], SHARED)
+            logit = over_parts(jnp.sum, jnp.sum(products, axis=1))
+            opened = write[0].opened(logit + given["write_bias"][0])
+            given["write"][given["seen"][1]] = opened * given["seen"][3].astype(f32)
+
         def sink_there():
             """What the join needs for the sink, likewise."""
             last, sees_sink = given["seen"][1], given["seen"][2]
@@ -621,6 +632,10 @@ def layer_of_one(
 
             if programs < SHARES:
                 each(SHARES, lambda i: attend(i, what_is_there(i)), first=program + programs)
+
+            if write is not None:
+                pl.when((program == programs - 1) & (warpgroup == 1))(open_gate)
+
             there = meet(2, meanwhile=sink_there)
             each(heads * dim // PIECE, lambda i: join(i, there))
 
@@ -649,8 +664,11 @@ def layer_of_one(
     if lookup is not None:
         operands |= {"memory": lookup.matrix[0, 0], "gate": lookup.gate}
         operands |= {} if lookup.total is None else {"total": lookup.total[0, 0]}
+    if write is not None:
+        operands["write_kernel"] = write[0].kernel.reshape(-1, COLUMNS)
+        operands |= {"write_bias": write[0].bias, "write": jax.new_ref(write[1])}
     leaves, tree = jax.tree.flatten(operands)
-    window = operands["keys"], operands["values"]
+    in_place = (operands.get(name) for name in ("keys", "values", "write"))
 
     def body(*refs):
         given = jax.tree.unflatten(tree, refs[: len(leaves)])
@@ -681,4 +699,5 @@ def layer_of_one(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*leaves)
-    return y.reshape(-1), normed.reshape(-1), qkv.reshape(-1), *map(jax.freeze, window)
+    window = (None if ref is None else jax.freeze(ref) for ref in in_place)
+    return y.reshape(-1), normed.reshape(-1), qkv.reshape(-1), *window
