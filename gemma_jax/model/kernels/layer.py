@@ -28,7 +28,6 @@ from gemma_jax.model.kernels.registers import (
     PARTS,
     PIECE,
     PIECES,
-    ROWS,
     SHARED,
     SUMS,
     TILE,
@@ -39,6 +38,7 @@ from gemma_jax.model.kernels.registers import (
 )
 from gemma_jax.model.rule import WriteGate
 
+ROWS, ROWS_INT8 = 8, 16  # of a tile, shared out to the four warps
 BYTES = 192 * 1024  # of shared memory for tiles
 IN_FLIGHT = 3  # half tiles on their way; one fewer until programs have attended
 SHARES = 128  # of the window and of the rows of memory, each of a program
@@ -116,14 +116,15 @@ def layer_of_one(
     own = heads // 2  # heads of a warpgroup
     share, depth = length // SHARES, dim // SHARES  # keys and rows of memory at a time
     quantized = layer.qkv.scale is not None
+    height = ROWS_INT8 if quantized else ROWS
     matrices = [layer.qkv, layer.out, layer.gate_up, layer.down]
-    tiles = [m.values.shape[0] // ROWS for m in matrices]
+    tiles = [m.values.shape[0] // height for m in matrices]
     chunks = [m.values.shape[1] // PARTS for m in matrices]
     # A tile of [gate | up] has as many rows of both; else its rows lie below each other.
-    steps = [ROWS, ROWS, ROWS // 2, ROWS]
-    below = [ROWS // 2, ROWS // 2, layer.gate_up.values.shape[0] // 2, ROWS // 2]
-    tile_shape = (ROWS, PARTS, COLUMNS)
-    tile_bytes = ROWS * PARTS * COLUMNS * layer.qkv.values.dtype.itemsize
+    steps = [height, height, height // 2, height]
+    below = [height // 2, height // 2, layer.gate_up.values.shape[0] // 2, height // 2]
+    tile_shape = (height, PARTS, COLUMNS)
+    tile_bytes = height * PARTS * COLUMNS * layer.qkv.values.dtype.itemsize
     stages = BYTES // tile_bytes // 2  # of each of the two warpgroups that multiply
     whole = columns_among_threads(share, dim)
     # [heads, keys]: the same in each warp.
@@ -180,7 +181,7 @@ def layer_of_one(
             """The two halves of a tile, in the order of this program's."""
             row = (program + tile * programs) * steps[at]
             for part in range(2):
-                some = pl.ds(row + part * below[at], ROWS // 2)
+                some = pl.ds(row + part * below[at], height // 2)
                 yield given["matrices"][at].at[some, pl.ds(chunk * PARTS, PARTS)]
 
         def arrive(half, wanted):
@@ -216,7 +217,7 @@ def layer_of_one(
                             def wait():
                                 plgpu.barrier_wait(empty.at[slot])
 
-                        here = slots.at[slot, pl.ds(part * ROWS // 2, ROWS // 2)]
+                        here = slots.at[slot, pl.ds(part * height // 2, height // 2)]
                         plgpu.copy_gmem_to_smem(ref, here, full.at[2 * slot + part])
                         waiting = *older, 2 * slot + part
                     return waiting
@@ -369,7 +370,7 @@ def layer_of_one(
                     plgpu.barrier_arrive(empty.at[slot])
                     return total, unit, *hidden
 
-                zeros = jnp.zeros((ROWS, 32 if quantized else COLUMNS), f32)
+                zeros = jnp.zeros((height, 32 if quantized else COLUMNS), f32)
                 zeros = plgpu.layout_cast(zeros, SUMS if quantized else TILE.reduce(1))
                 total, unit, *_ = lax.fori_loop(0, number, chunk, (zeros, unit, *hidden))
                 finish_tile(at, 2 * i + warpgroup, jnp.sum(total, axis=1), scales, residual)
@@ -417,7 +418,7 @@ def layer_of_one(
                 ]
 
             def nothing():
-                zeros = jnp.zeros((ROWS // 2,), dtype)
+                zeros = jnp.zeros((height // 2,), dtype)
                 return [plgpu.layout_cast(zeros, SUMS.reduce(1))] * 2
 
             return lax.switch(
@@ -426,7 +427,7 @@ def layer_of_one(
 
         def finish_tile(at, tile, sums, scales, residual):
             """Does what follows a product."""
-            rows, sums = rows_of(at, tile), [sums[: ROWS // 2], sums[ROWS // 2 :]]
+            rows, sums = rows_of(at, tile), [sums[: height // 2], sums[height // 2 :]]
             if quantized:
                 sums = [a * b for a, b in zip(sums, scales, strict=True)]
 
@@ -447,7 +448,7 @@ def layer_of_one(
             lax.switch(at - 1, [lambda: save("middle"), save_geglu, lambda: save("y")])
 
         def half_of(row):
-            return pl.ds(row, ROWS // 2)
+            return pl.ds(row, height // 2)
 
         def place(ref, row):
             return ref.at[

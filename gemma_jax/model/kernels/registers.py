@@ -17,7 +17,6 @@ from jaxtyping import Array
 
 COLUMNS = 256  # that the threads of a warp hold side by side
 PARTS = 8  # of so many columns, of a tile
-ROWS = 8  # of a tile: two for each warp
 PIECE = 16  # columns of what was found that a program joins at once
 
 
@@ -49,7 +48,8 @@ def columns_among_threads(rows: int, width: int) -> Any:
 
 def integer_product(rows: Array, vectors: list[Array]) -> list[Array]:
     """Sums [rows, threads] of products of bytes, four at a time: exact in int32."""
-    sums = plgpu.ShapeDtypeStruct((ROWS, 32), jnp.int32, layout=SUMS)
+    shape = len(rows), 32
+    sums = plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=SUMS)
 
     @plgpu.inline_mgpu(arg_types=(TILE, [FLAT] * len(vectors)), return_type=[sums] * len(vectors))
     def multiply(_, rows, vectors):
@@ -69,7 +69,7 @@ def integer_product(rows: Array, vectors: list[Array]) -> list[Array]:
 
         layout, found = SUMS.to_mgpu(), []
         for vector in vectors:
-            registers = np.empty(layout.registers_shape((ROWS, 32)), dtype=object)
+            registers = np.empty(layout.registers_shape(shape), dtype=object)
             for i in range(len(registers)):
                 registers[i] = np.full(registers[i].shape, dot(rows.registers[i], vector))
             found.append(
