@@ -350,10 +350,14 @@ def layer_in_float64(x, layer, keys, values, sink, seen, cosine, sine, lookup, *
     return middle + dense(layer.down) @ (gelu * up), normed, qkv, keys, values
 
 
-def test_a_rule_that_reads_in_its_own_way_is_not_read_by_the_kernel():
+def test_what_a_rule_does_in_its_own_way_the_kernel_does_not_do():
     class Louder(memory.GatedDelta):
         def read(self, p, memory, q, attended):
             return 2 * super().read(p, memory, q, attended)
+
+    class Eager(memory.GatedDelta):
+        def features(self, p, x, q, k, v):
+            return {"write": jnp.ones(x.shape[:2])[..., None]}
 
     class Forgetful(memory.GatedDelta):
         def write(self, memory, features, mask):
@@ -364,6 +368,10 @@ def test_a_rule_that_reads_in_its_own_way_is_not_read_by_the_kernel():
     assert memory.lookup_of(Louder(config), p, state) is None
     assert memory.lookup_of(Forgetful(config), p, state).matrix is state["M"]
     assert memory.lookup_of(memory.Delta(config), p, memory.Delta(config).init(1)) is not None
+    p |= {"write_kernel": jnp.ones((config.width, 1)), "write_bias": jnp.zeros(1)}
+    assert memory.write_gate_of(Eager(config), p) is None
+    assert memory.write_gate_of(Forgetful(config), p).kernel is p["write_kernel"]
+    assert memory.write_gate_of(memory.Linear(config), p) is None
 
 
 def test_a_step_of_decoding_uses_them(monkeypatch):
