@@ -213,6 +213,7 @@ def test_which_layers_are_taken_whole():
     others = (
         (4096, 16384, 8, 1, 256, 2048),
         (2048, 2048, 8, 1, 256, 2048),
+        (2048, 3 * 2048, 8, 1, 256, 2048),
         (2048, 16384, 8, 2, 256, 2048),
     )
     assert not any(takes(*shapes) for shapes in others)

@@ -3,7 +3,8 @@
 Decoding is as fast as weights can be read, if nothing else takes time. One kernel with a program on
 each multiprocessor therefore does all of a layer: a warpgroup streams the rows of the four matrices
 that its program multiplies into shared memory, one matrix after the other, and never waits for a
-result; two warpgroups multiply and attend, and all programs meet between the steps of the layer.
+result; two warpgroups multiply and attend, and all programs meet between the steps of the layer. While
+they wait for each other, the next tiles are taken into registers, which makes room for more on its way.
 Whatever else a multiprocessor asks for waits behind what is streamed to it, so only as much of that is
 on its way as the memory's bandwidth needs. Mosaic GPU (Pallas).
 """
@@ -36,12 +37,14 @@ from gemma_jax.model.kernels.registers import (
     spread,
     tiled,
 )
+from gemma_jax.model.kernels.signals import APART, forget_signals, signal, wait_for_signals
 from gemma_jax.model.rule import WriteGate
 
 ROWS, ROWS_INT8 = 8, 16  # of a tile, shared out to the four warps
 BYTES = 192 * 1024  # of shared memory for tiles
 IN_FLIGHT = 3  # half tiles on their way; one fewer until programs have attended
 SHARES = 128  # of the window and of the rows of memory, each of a program
+HIDDEN = 5  # the first of two signals about the hidden vector; those before are of meetings
 
 
 class Matrix(NamedTuple):
@@ -71,6 +74,7 @@ def takes(width: int, mlp_dim: int, heads: int, kv_heads: int, head_dim: int, wi
     """Whether the kernel divides these shapes evenly."""
     tile = PARTS * COLUMNS
     even = width == tile and mlp_dim % tile == 0 and mlp_dim > tile
+    even &= (mlp_dim // tile) % 2 == 0
     even &= window in (8 * SHARES, 16 * SHARES, 32 * SHARES)
     return even and kv_heads == 1 and (heads, head_dim) == (PARTS, COLUMNS)
 
@@ -120,6 +124,7 @@ def layer_of_one(
     matrices = [layer.qkv, layer.out, layer.gate_up, layer.down]
     tiles = [m.values.shape[0] // height for m in matrices]
     chunks = [m.values.shape[1] // PARTS for m in matrices]
+    deep = chunks[3]  # of which the hidden vector has so many
     # A tile of [gate | up] has as many rows of both; else its rows lie below each other.
     steps = [height, height, height // 2, height]
     below = [height // 2, height // 2, layer.gate_up.values.shape[0] // 2, height // 2]
@@ -148,41 +153,36 @@ def layer_of_one(
     }
 
     def kernel(
-        given, out, slots, scores, weights, full, empty, both, met, numbers, queries, vector
+        given, out, slots, scores, weights, full, empty, both, met, numbers, handed, queries, vector
     ):
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
         counts = [pl.cdiv(n - program, jnp.int32(programs)) for n in tiles]
-        early = chunks[3] * 3 // 4  # chunks of the hidden vector, with which the product may begin
-        if programs > 1:
-            meeting = pl.get_global(plgpu.SemaphoreType.REGULAR)
-            ready = pl.get_global(plgpu.SemaphoreType.REGULAR((2,)))
+        early = deep * 3 // 4  # chunks of the hidden vector, with which the product may begin
 
-        def shares(at: int):
-            """How many of a matrix's tiles each of the two warpgroups has: every other one."""
+        def turns(at: int):
+            """How many tiles of a matrix each of the two warpgroups has: every other one.
+
+            Of a matrix with several chunks each has every other chunk.
+            """
+            if chunks[at] > 1:
+                return [counts[at] * (chunks[at] // 2)] * 2
             return [lax.div(counts[at] + 1 - i, jnp.int32(2)) for i in range(2)]
 
         def before(at: int):
             """Tiles of each of the two warpgroups before those of a matrix."""
-            each = [[share * chunks[i] for share in shares(i)] for i in range(at)]
+            each = [turns(i) for i in range(at)]
             return [sum((loads[i] for loads in each), jnp.int32(0)) for i in range(2)]
 
-        def turn(i, at: int):
-            """Which load is the i-th of a matrix: of which pair of tiles which tile, and which chunk.
+        def halves_of(at: int, i):
+            """The two halves of the i-th tile that this program loads of a matrix."""
+            tile, chunk = lax.div(i, jnp.int32(chunks[at])), lax.rem(i, jnp.int32(chunks[at]))
+            for row in rows_of(at, tile):
+                yield given["matrices"][at].at[half_of(row), pl.ds(chunk * PARTS, PARTS)]
 
-            The two warpgroups have a tile each of a pair; the last pair may lack one.
-            """
-            of_pair = jnp.int32(2 * chunks[at])
-            pair, rest = lax.div(i, of_pair), lax.rem(i, of_pair)
-            alone = pair * 2 + 1 == counts[at]
-            odd = jnp.where(alone, 0, lax.rem(rest, jnp.int32(2)))
-            return pair, odd, jnp.where(alone, rest, lax.div(rest, jnp.int32(2)))
-
-        def halves_of(at: int, tile, chunk):
-            """The two halves of a tile, in the order of this program's."""
+        def rows_of(at: int, tile):
+            """The first row of each half of this program's tile."""
             row = (program + tile * programs) * steps[at]
-            for part in range(2):
-                some = pl.ds(row + part * below[at], height // 2)
-                yield given["matrices"][at].at[some, pl.ds(chunk * PARTS, PARTS)]
+            return row, row + below[at]
 
         def arrive(half, wanted):
             """Waits for half a tile, if `wanted`; returns what is to be waited for still."""
@@ -193,6 +193,9 @@ def layer_of_one(
 
             return jnp.where(wanted, -1, half)
 
+        def half_of(row):
+            return pl.ds(row, height // 2)
+
         @pl.when(warpgroup == 2)
         def stream():
             plgpu.set_max_registers(40, action="decrease")
@@ -202,12 +205,12 @@ def layer_of_one(
 
                 @pl.loop(0, counts[at] * chunks[at], init_carry=waiting)
                 def waiting(i, waiting, at=at, begin=begin):
-                    pair, odd, chunk = turn(i, at)
-                    use = jnp.where(odd == 1, begin[1], begin[0]) + pair * chunks[at] + chunk
+                    odd = lax.rem(i, jnp.int32(2))
+                    use = jnp.where(odd == 1, begin[1], begin[0]) + lax.div(i, jnp.int32(2))
                     slot = odd * stages + lax.rem(use, jnp.int32(stages))
                     attending = (at < 2) | ((at == 2) & (i < 2 * stages))
 
-                    for part, ref in enumerate(halves_of(at, 2 * pair + odd, chunk)):
+                    for part, ref in enumerate(halves_of(at, i)):
                         arrive(waiting[0], True)
                         older = arrive(waiting[1], attending), *waiting[2:]
 
@@ -217,7 +220,7 @@ def layer_of_one(
                             def wait():
                                 plgpu.barrier_wait(empty.at[slot])
 
-                        here = slots.at[slot, pl.ds(part * height // 2, height // 2)]
+                        here = slots.at[slot, half_of(part * height // 2)]
                         plgpu.copy_gmem_to_smem(ref, here, full.at[2 * slot + part])
                         waiting = *older, 2 * slot + part
                     return waiting
@@ -235,14 +238,13 @@ def layer_of_one(
 
             @pl.when(warpgroup == 0)
             def tell():
-                plgpu.semaphore_signal(meeting, memory_scope="gpu")
+                signal(given["signals"].at[number])
 
             found = meanwhile()
 
             @pl.when(warpgroup == 0)  # one asks for both: what is asked for by many takes longer
             def wait():
-                everyone = programs * number
-                plgpu.semaphore_wait(meeting, everyone, decrement=False, memory_scope="gpu")
+                wait_for_signals(given["signals"].at[number], programs)
                 plgpu.barrier_arrive(met)
 
             @pl.when(warpgroup == 1)
@@ -278,16 +280,7 @@ def layer_of_one(
             return normalized(load(out["middle"], SHARED), scale)
 
         def part_of_hidden(chunk):
-            """Of the hidden vector, once it is made; as it is stored, so that no loading is waited for."""
-            if programs > 1:
-                for i, first in enumerate((0, early)):
-
-                    @pl.when(chunk == first)
-                    def wait(i=i):
-                        everyone = 2 * programs
-                        made = ready.at[i]
-                        plgpu.semaphore_wait(made, everyone, decrement=False, memory_scope="gpu")
-
+            """Of the hidden vector; as it is stored, so that no loading is waited for."""
             part = out["hidden"].at[pl.ds(chunk * PARTS, PARTS)]
             return plgpu.load(part, layout=SHARED, optimized=False)
 
@@ -296,6 +289,7 @@ def layer_of_one(
 
             Then as fixed-point numbers of three signed bytes, highest first. Returns their unit.
             """
+            y = y.astype(f32)
             if not quantized:
                 vector.at[warpgroup][...] = y
                 return jnp.float32(1)
@@ -320,135 +314,151 @@ def layer_of_one(
             y = lax.broadcast_in_dim(load(vector.at[warpgroup], FLAT), tile_shape, (1, 2))
             return jnp.sum(rows.astype(f32) * plgpu.layout_cast(y, TILE), axis=1)
 
-        def pick(at, numbers):
-            """One of a few numbers, known only when the program runs."""
-            if isinstance(at, int):
-                return numbers[at]
-            return functools.reduce(
-                lambda found, i: jnp.where(at == i, numbers[i], found),
-                range(1, len(numbers)),
-                jnp.int32(numbers[0]),
-            )
+        def take(use, wanted, otherwise):
+            """This warpgroup's next tile, into registers: the slot is free for another at once."""
 
-        def multiply(at, first_unit=None):
-            """The product with one of the matrices; with the first, of a vector that is kept already."""
-            share, begin = pick(at, every(shares)), pick(at, every(before))
-            number = pick(at, chunks)
-            # Tiles of this program, then of this warpgroup, with rows of the early parts.
-            early_tiles = early * PARTS * COLUMNS // steps[2] - program
-            early_tiles = pl.cdiv(early_tiles, jnp.int32(programs))
-            early_tiles = pl.cdiv(early_tiles - warpgroup, jnp.int32(2))
+            def some():
+                slot = warpgroup * stages + lax.rem(use, jnp.int32(stages))
+                for part in range(2):
+                    plgpu.barrier_wait(full.at[2 * slot + part])
+                rows = plgpu.load(slots.at[slot], layout=TILE)
+                plgpu.barrier_arrive(empty.at[slot])
+                return rows
 
-            def fresh(hidden):
-                """Keeps the vector, or a part of it."""
-                vectors = [mixed, before_feeding_forward, lambda: hidden.astype(f32)]
-                return lax.switch(at - 1, [lambda vector=v: keep(vector()) for v in vectors])
+            return lax.cond(wanted, some, lambda: otherwise)
 
-            def hidden_at(j, otherwise):
-                more = (number > 1) & (j < number)
-                return lax.cond(more, lambda: part_of_hidden(j), lambda: otherwise)
+        def of_mine(of_both: list):
+            """What belongs to this warpgroup."""
+            return jnp.where(warpgroup == 1, of_both[1], of_both[0])
 
-            nothing = plgpu.layout_cast(jnp.zeros((PARTS, COLUMNS), dtype), SHARED)
+        def product(at: int, unit, held, extras):
+            """The product of a matrix with the vector that is kept.
 
-            def tile(i, unit):
-                hidden = [] if first_unit is not None else [hidden_at(0, nothing)]
-                scales, residual = (
-                    scales_of(at, 2 * i + warpgroup),
-                    residual_of(at, 2 * i + warpgroup),
-                )
+            Args:
+                held: this warpgroup's next tile.
+                extras: what it needs beside.
 
-                def chunk(j, carry):
-                    total, unit, *hidden = carry
-                    if first_unit is None:
-                        is_new = (i == 0) | (number > 1)
-                        unit = lax.cond(is_new, lambda: fresh(*hidden), lambda: unit)
-                        hidden = [hidden_at(j + 1, *hidden)]
-                    slot = lax.rem(begin + i * number + j, jnp.int32(stages)) + warpgroup * stages
-                    for part in range(2):
-                        plgpu.barrier_wait(full.at[2 * slot + part])
-                    total += multiplied(plgpu.load(slots.at[slot], layout=TILE), unit)
-                    plgpu.barrier_arrive(empty.at[slot])
-                    return total, unit, *hidden
+            Returns:
+                The next tile still, if the product has none for this warpgroup; else one that is spent.
+            """
+            begin, mine = of_mine(before(at)), of_mine(turns(at))
+
+            def tile(i, carry):
+                held, extras = carry
+                sums = jnp.sum(multiplied(held, unit), axis=1)
+                finish_tile(at, 2 * i + warpgroup, sums, extras)
+                if at == 2:
+                    tell_of_hidden(i + 1, mine)
+                extras = extras_of(at, 2 * i + 2 + warpgroup)
+                return take(begin + i + 1, i + 1 < mine, held), extras
+
+            held, _ = lax.fori_loop(0, mine, tile, (held, extras))
+            return held
+
+        def next_after(at: int, held):
+            """The tile to hold after a product, which is taken while programs wait for each other."""
+            use, end = of_mine(before(at + 1)), of_mine(before(len(matrices)))
+            return take(use, (of_mine(turns(at)) > 0) & (use < end), held)
+
+        def product_with_hidden(held):
+            """The product with the hidden vector, part by part, as the parts are made.
+
+            Each of the two warpgroups multiplies every other chunk of a tile's columns.
+            """
+            at, number = 3, deep // 2
+            begin, mine = of_mine(before(at)), of_mine(turns(at))
+
+            def tile(i, held):
+                extras = extras_of(at, i)
+
+                def made(step):
+                    """Waits for the parts of the vector that this and later steps need."""
+                    if programs == 1:
+                        return
+                    chunk = 2 * step + warpgroup
+                    for part, first in enumerate((0, early)):
+
+                        @pl.when((i == 0) & (chunk >= first) & (chunk - 2 < first))
+                        def wait(part=part):
+                            wait_for_signals(given["signals"].at[HIDDEN + part], 2 * programs)
+
+                made(0)
+
+                def chunk(step, carry):
+                    total, hidden, held = carry
+                    unit = keep(hidden)
+                    after = jnp.minimum(step + 1, number - 1)
+                    made(after)
+                    hidden = part_of_hidden(2 * after + warpgroup)
+                    total += multiplied(held, unit)
+                    done = i * number + step + 1
+                    return total, hidden, take(begin + done, done < mine, held)
 
                 zeros = jnp.zeros((height, 32 if quantized else COLUMNS), f32)
                 zeros = plgpu.layout_cast(zeros, SUMS if quantized else TILE.reduce(1))
-                total, unit, *_ = lax.fori_loop(0, number, chunk, (zeros, unit, *hidden))
-                finish_tile(at, 2 * i + warpgroup, jnp.sum(total, axis=1), scales, residual)
-                if programs > 1 and first_unit is None:
-                    for part, number_of_tiles in enumerate((early_tiles, share)):
+                carry = zeros, part_of_hidden(warpgroup), held
+                total, _, held = lax.fori_loop(0, number, chunk, carry)
+                total = jnp.sum(total, axis=1)
+                other = handed.at[lax.rem(i, jnp.int32(2))]  # not what may still be read
 
-                        @pl.when((at == 2) & (i + 1 == jnp.maximum(number_of_tiles, 1)))
-                        def made(part=part):
-                            plgpu.semaphore_signal(ready.at[part], memory_scope="gpu")
+                @pl.when(warpgroup == 1)
+                def hand_over():
+                    other[...] = total
 
-                return unit
+                plgpu.barrier_arrive(both)
+                plgpu.barrier_wait(both)
 
-            lax.fori_loop(0, share, tile, jnp.float32(1) if first_unit is None else first_unit)
+                @pl.when(warpgroup == 0)
+                def finish():
+                    finish_tile(at, i, total + load(other, SUMS.reduce(1)), extras)
 
-        def every(count: Callable):
-            """What `count` gives for each matrix, of this warpgroup."""
-            pairs = (count(at) for at in range(len(matrices)))
-            return [jnp.where(warpgroup == 1, odd, even) for even, odd in pairs]
+                return held
 
-        def rows_of(at, tile):
-            """The first row of each half of a tile."""
-            row = (program + tile * programs) * pick(at, steps)
-            return row, row + pick(at, below)
+            lax.fori_loop(0, counts[at], tile, held)
 
-        def scales_of(at, tile):
-            """The scales of both halves of a tile: on their way before they are needed."""
-            if not quantized:
-                return None
+        def tell_of_hidden(done, mine):
+            """Signals that this warpgroup made its rows of the early parts of the hidden vector, or all."""
+            if programs == 1:
+                return
+            # Of all programs, of this one, of this warpgroup.
+            early_tiles = early * PARTS * COLUMNS // steps[2]
+            early_tiles = pl.cdiv(early_tiles - program, jnp.int32(programs))
+            early_tiles = pl.cdiv(early_tiles - warpgroup, jnp.int32(2))
+            for part, number in enumerate((early_tiles, mine)):
 
-            def scales(ref):
-                return [load(ref.at[half_of(row)], SUMS.reduce(1)) for row in rows_of(at, tile)]
+                @pl.when(done == jnp.maximum(number, 1))
+                def made(part=part):
+                    signal(given["signals"].at[HIDDEN + part])
 
-            return lax.switch(at, [lambda ref=ref: scales(ref) for ref in given["scales"]])
+        def extras_of(at: int, tile):
+            """What a tile needs beside its rows: their scales and residuals, those of both halves."""
+            end = matrices[at].values.shape[0] - height // 2
+            rows = [jnp.minimum(row, end) for row in rows_of(at, tile)]  # there may be no such tile
+            places = []
+            if quantized:
+                places.append([given["scales"][at].at[half_of(row)] for row in rows])
+            if at in (1, 3):
+                residual = given["x"] if at == 1 else out["middle"]
+                places.append([place(residual, row) for row in rows])
+            load_sums = functools.partial(plgpu.load, layout=SUMS.reduce(1), optimized=False)
+            return [[load_sums(ref) for ref in halves] for halves in places]
 
-        def residual_of(at, tile):
-            """What is added to both halves of a tile, likewise, if anything is."""
-            if isinstance(at, int):
-                return None
-            rows = rows_of(at, tile)
-
-            def some(ref):
-                return [
-                    plgpu.load(place(ref, row), layout=SUMS.reduce(1), optimized=False)
-                    for row in rows
-                ]
-
-            def nothing():
-                zeros = jnp.zeros((height // 2,), dtype)
-                return [plgpu.layout_cast(zeros, SUMS.reduce(1))] * 2
-
-            return lax.switch(
-                at - 1, [lambda: some(given["x"]), nothing, lambda: some(out["middle"])]
-            )
-
-        def finish_tile(at, tile, sums, scales, residual):
+        def finish_tile(at: int, tile, sums, extras):
             """Does what follows a product."""
             rows, sums = rows_of(at, tile), [sums[: height // 2], sums[height // 2 :]]
             if quantized:
-                sums = [a * b for a, b in zip(sums, scales, strict=True)]
-
-            def save(name):
-                for i, (row, found) in enumerate(zip(rows, sums, strict=True)):
-                    if residual is not None:
-                        found += residual[i].astype(f32)
-                    place(out[name], row)[...] = found.astype(dtype)
-
-            def save_geglu():
-                row, (gate, up) = rows[0], sums
+                sums = [a * b for a, b in zip(sums, extras[0], strict=True)]
+            if at == 2:
+                gate, up = sums
                 inner = gate * (0.7978845608028654 + 0.035677408136300125 * (gate * gate))
                 found = 0.5 * gate * up * (1.0 + jnp.tanh(inner))
-                place(out["hidden"], row)[...] = found.astype(dtype)
-
-            if isinstance(at, int):
-                return save("qkv")
-            lax.switch(at - 1, [lambda: save("middle"), save_geglu, lambda: save("y")])
-
-        def half_of(row):
-            return pl.ds(row, height // 2)
+                place(out["hidden"], rows[0])[...] = found.astype(dtype)
+                return
+            ref = {0: out["qkv"], 1: out["middle"], 3: out["y"]}[at]
+            for i, (row, found) in enumerate(zip(rows, sums, strict=True)):
+                if at > 0:
+                    found += extras[-1][i].astype(f32)
+                place(ref, row)[...] = found.astype(dtype)
 
         def place(ref, row):
             return ref.at[
@@ -619,13 +629,15 @@ def layer_of_one(
 
             scale = load(given["pre_attention_scale"], SHARED)
             y = normalized(load(given["x"], SHARED), scale)
-            multiply(0, keep(y))
+            unit, beside = keep(y), extras_of(0, warpgroup)
+            nothing = plgpu.layout_cast(jnp.zeros(tile_shape, layer.qkv.values.dtype), TILE)
+            held = product(0, unit, take(jnp.int32(0), True, nothing), beside)
 
             @pl.when((program == 0) & (warpgroup == 0))
             def save_normed():
                 out["normed"][...] = y.astype(dtype)
 
-            there = meet(1, meanwhile=lambda: what_is_there(program))
+            there, held = meet(1, meanwhile=lambda: (what_is_there(program), next_after(0, held)))
 
             @pl.when(program < SHARES)
             def first_share():
@@ -640,13 +652,15 @@ def layer_of_one(
             there = meet(2, meanwhile=sink_there)
             each(heads * dim // PIECE, lambda i: join(i, there))
 
-            @pl.loop(1, len(matrices))
-            def step(at):
-                @pl.when(at < (3 if programs > 1 else 4))
-                def wait():
-                    meet(at + 2)
-
-                multiply(at)
+            beside = meet(3, meanwhile=lambda: extras_of(1, warpgroup))
+            held = product(1, keep(mixed()), held, beside)
+            beside, held = meet(4, meanwhile=lambda: (extras_of(2, warpgroup), next_after(1, held)))
+            held = product(2, keep(before_feeding_forward()), held, beside)
+            if programs == 1:
+                meet(5)
+            product_with_hidden(next_after(2, held))
+            if programs > 1:
+                forget_signals(given["signals"], 2 * programs)
 
     operands = {
         "x": x.reshape(-1, COLUMNS),
@@ -661,6 +675,7 @@ def layer_of_one(
         "seen": seen,
         "cosine": cosine,
         "sine": sine,
+        "signals": jnp.zeros((HIDDEN + 2, APART), jnp.int32),
     }
     if lookup is not None:
         operands |= {"memory": lookup.matrix[0, 0], "gate": lookup.gate}
@@ -684,6 +699,7 @@ def layer_of_one(
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=1),
             plgpu.SMEM((2, PARTS), f32),
+            plgpu.SMEM((2, height), f32),
             plgpu.SMEM((2, 2, own, half), f32),
             plgpu.SMEM((2, 3, PARTS, COLUMNS), jnp.int8)
             if quantized
