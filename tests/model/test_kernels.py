@@ -234,7 +234,7 @@ def test_which_layers_are_taken_whole():
 )
 def test_layer_of_one(rule, quantized, seen, monkeypatch):
     """One program does all that falls to the many of a GPU, on small shapes."""
-    heads, dim, window, mlp_dim = 2, 256, 128, 1024
+    heads, dim, window, mlp_dim = 2, 256, 128, 2048
     width = heads * dim
     for name, value in (("SHARES", 16), ("PARTS", heads)):
         monkeypatch.setattr(layer_kernel, name, value)
