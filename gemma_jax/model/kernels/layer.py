@@ -73,8 +73,7 @@ def available() -> bool:
 def takes(width: int, mlp_dim: int, heads: int, kv_heads: int, head_dim: int, window: int) -> bool:
     """Whether the kernel divides these shapes evenly."""
     tile = PARTS * COLUMNS
-    even = width == tile and mlp_dim % tile == 0 and mlp_dim > tile
-    even &= (mlp_dim // tile) % 2 == 0
+    even = width == tile and mlp_dim % (2 * tile) == 0
     even &= window in (8 * SHARES, 16 * SHARES, 32 * SHARES)
     return even and kv_heads == 1 and (heads, head_dim) == (PARTS, COLUMNS)
 
