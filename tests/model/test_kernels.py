@@ -239,9 +239,9 @@ def test_layer_of_one(rule, quantized, seen, monkeypatch):
     for name, value in (("SHARES", 16), ("PARTS", heads)):
         monkeypatch.setattr(layer_kernel, name, value)
 
-    def integer_product(rows, vectors):  # the interpreter has no such product
-        rows = rows.astype(jnp.int32)
-        sums = [(rows * y.astype(jnp.int32)[None]).sum(axis=1) for y in vectors]
+    def integer_product(rows, high, low):  # the interpreter has no such product
+        parts = high.astype(jnp.int32), low.astype(jnp.int32) & 255
+        sums = [(rows.astype(jnp.int32) * y[None]).sum(axis=1) for y in parts]
         return [s.reshape(len(s), 32, -1).sum(axis=2) for s in sums]
 
     monkeypatch.setattr(layer_kernel, "integer_product", integer_product)

@@ -46,13 +46,16 @@ def columns_among_threads(rows: int, width: int) -> Any:
     return tiled((rows, width), (width // 4,), (width // 128,), warps=-3, lanes=-2)
 
 
-def integer_product(rows: Array, vectors: list[Array]) -> list[Array]:
-    """Sums [rows, threads] of products of bytes, four at a time: exact in int32."""
+def integer_product(rows: Array, high: Array, low: Array) -> list[Array]:
+    """Sums [rows, threads] of products with two vectors of bytes: exact in int32.
+
+    The bytes of `low` have no sign, whatever their type says.
+    """
     shape = len(rows), 32
     sums = plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=SUMS)
 
-    @plgpu.inline_mgpu(arg_types=(TILE, [FLAT] * len(vectors)), return_type=[sums] * len(vectors))
-    def multiply(_, rows, vectors):
+    @plgpu.inline_mgpu(arg_types=(TILE, FLAT, FLAT), return_type=[sums] * 2)
+    def multiply(_, rows, high, low):
         i32 = ir.IntegerType.get_signless(32)
 
         def fours(registers):
@@ -60,24 +63,24 @@ def integer_product(rows: Array, vectors: list[Array]) -> list[Array]:
                 words = vector_dialect.bitcast(ir.VectorType.get((2,), i32), register)
                 yield from (vector_dialect.extract(words, [], [i]) for i in range(2))
 
-        def dot(row, vector):
+        def dot(row, vector, kind):
             total = mgpu.c(0, i32)
             for a, b in zip(fours(row), fours(vector.registers), strict=True):
-                asm = "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r"
+                asm = f"dp4a.s32.{kind} $0, $1, $2, $3;", "=r,r,r,r"
                 total = llvm.inline_asm(i32, [a, b, total], *asm)
             return vector_dialect.broadcast(ir.VectorType.get((1,), i32), total)
 
         layout, found = SUMS.to_mgpu(), []
-        for vector in vectors:
+        for vector, kind in ((high, "s32"), (low, "u32")):
             registers = np.empty(layout.registers_shape(shape), dtype=object)
             for i in range(len(registers)):
-                registers[i] = np.full(registers[i].shape, dot(rows.registers[i], vector))
+                registers[i] = np.full(registers[i].shape, dot(rows.registers[i], vector, kind))
             found.append(
                 mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
             )
         return found
 
-    return multiply(rows, vectors)
+    return multiply(rows, high, low)
 
 
 def spread(x: Array, layout: Any, shape: tuple[int, ...], axis: int) -> Array:
