@@ -6,6 +6,7 @@ the matrix is `values * scale[:, None]` (symmetric, to the nearest of -127 to 12
 """
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -196,7 +197,25 @@ _apart_in_gradient.defvjp(_halves_and_operands, _gradients_apart)
 
 def product_of_one(x: Float[Array, "*b K"], weight: Weight, dtype=None) -> Float[Array, "*b N"]:
     """The same for a single row: sums along the rows of the matrix, which a GPU reads but once."""
-    found = jnp.sum(weight.values.astype(jnp.float32) * x.reshape(-1).astype(jnp.float32), axis=1)
-    if weight.scale is not None:
-        found = found * weight.scale
+
+    def plain(row: Array, weight: Weight) -> Array:
+        found = jnp.sum(weight.values.astype(jnp.float32) * row.astype(jnp.float32), axis=1)
+        return found if weight.scale is None else found * weight.scale
+
+    found = _fastest_of_one(plain, x, weight)(x.reshape(-1), weight)
     return found.astype(dtype or x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _fastest_of_one(plain: Callable, x: Array, weight: Weight) -> Callable:
+    """`plain`, or the kernel that does the same where it takes such a matrix."""
+    if weight.scale is None or x.dtype != jnp.bfloat16 or not kernels.wanted():
+        return plain
+    from gemma_jax.model.kernels import matvec as kernel
+
+    if not (kernel.available() and kernel.takes(*weight.values.shape)):
+        return plain
+
+    def streamed(row: Array, weight: Weight) -> Array:
+        return kernel.product_of_one(row, weight.values, weight.scale)
+
+    return kernels.with_gradient_of(plain, streamed)

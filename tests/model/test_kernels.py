@@ -19,8 +19,10 @@ from gemma_jax.model.kernels import attention as attention_kernel
 from gemma_jax.model.kernels import decode as decode_kernel
 from gemma_jax.model.kernels import delta as delta_kernel
 from gemma_jax.model.kernels import layer as layer_kernel
+from gemma_jax.model.kernels import matvec as matvec_kernel
 from gemma_jax.model.kernels import products as products_kernel
 from gemma_jax.model.kernels import read as read_kernel
+from gemma_jax.model.kernels import registers
 from gemma_jax.model.memory import make_rule
 from gemma_jax.model.rope import rope_table
 from gemma_jax.model.rule import WriteGate
@@ -29,6 +31,11 @@ from gemma_jax.model.transformer import abstract_params
 
 interprets_hopper = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="this version of JAX cannot interpret them"
+)
+
+observed_barriers = pytest.mark.skipif(
+    jax.__version_info__[:2] == (0, 11),
+    reason="its interpreter asks that all arrivals at a barrier are waited for",
 )
 
 
@@ -207,6 +214,47 @@ def test_one_token(rule, kind, softcap, batch):
     assert_near(found, wanted, 2 * BF16)
 
 
+def integer_product(rows, high, low):
+    """`registers.integer_product`, which the interpreter cannot do."""
+    parts = high.astype(jnp.int32), low.astype(jnp.int32) & 255
+    sums = [(rows.astype(jnp.int32) * y[None]).sum(axis=1) for y in parts]
+    return [s.reshape(len(s), 32, -1).sum(axis=2) for s in sums]
+
+
+@pytest.mark.parametrize("kind", ["normal", "one large", "zeros"])
+def test_fixed_point(kind):
+    """What it is off by is less than what rounding to bfloat16 is, in a product with any vector."""
+    y = np.random.default_rng(0).standard_normal(2048).astype(np.float32)
+    y = {"normal": y, "one large": np.where(np.arange(2048) == 7, -1e4, y), "zeros": 0 * y}[kind]
+    unit, high, low = registers.fixed_point(jnp.asarray(y, jnp.float32), jnp.abs(y).max())
+    assert high.dtype == low.dtype == jnp.int8
+    found = float(unit) * (256.0 * np.asarray(high) + (np.asarray(low, np.int64) & 255))
+    rounded = np.asarray(jnp.asarray(y).astype(jnp.bfloat16), np.float64)
+    assert np.linalg.norm(found - y) <= np.linalg.norm(rounded - y)
+
+
+def test_which_products_of_one_vector_are_streamed():
+    assert matvec_kernel.takes(256_000, 2048)
+    assert not any(
+        matvec_kernel.takes(*s) for s in ((16_384, 2048), (256_008, 2048), (65_536, 640))
+    )
+
+
+@interprets_hopper
+@observed_barriers
+def test_product_of_one_vector(monkeypatch):
+    """One program does all, of more tiles than lie in shared memory, the last without a fellow."""
+    monkeypatch.setattr(registers, "integer_product", integer_product)
+    rng = np.random.default_rng(0)
+    values = rng.integers(-127, 128, (9 * 16, 2048), np.int8)
+    scale, x = rng.uniform(0.5, 2.0, len(values)).astype(np.float32), normal(0, 2048)
+    found = on_simulated_hopper(
+        matvec_kernel.product_of_one, x, jnp.asarray(values), jnp.asarray(scale), programs=1
+    )
+    wanted = values.astype(np.float64) @ np.asarray(x, np.float64) * scale
+    assert_near(found, wanted, 2**-14)
+
+
 def test_which_layers_are_taken_whole():
     takes = layer_kernel.takes
     assert takes(2048, 16384, 8, 1, 256, 2048)  # width, MLP, heads, KV heads, head's size, window
@@ -220,10 +268,7 @@ def test_which_layers_are_taken_whole():
 
 
 @interprets_hopper
-@pytest.mark.skipif(
-    jax.__version_info__[:2] == (0, 11),
-    reason="its interpreter asks that all arrivals at a barrier are waited for",
-)
+@observed_barriers
 @pytest.mark.parametrize(
     "rule, quantized, seen",
     [
@@ -238,13 +283,7 @@ def test_layer_of_one(rule, quantized, seen, monkeypatch):
     width = heads * dim
     for name, value in (("SHARES", 16), ("PARTS", heads)):
         monkeypatch.setattr(layer_kernel, name, value)
-
-    def integer_product(rows, high, low):  # the interpreter has no such product
-        parts = high.astype(jnp.int32), low.astype(jnp.int32) & 255
-        sums = [(rows.astype(jnp.int32) * y[None]).sum(axis=1) for y in parts]
-        return [s.reshape(len(s), 32, -1).sum(axis=2) for s in sums]
-
-    monkeypatch.setattr(layer_kernel, "integer_product", integer_product)
+    monkeypatch.setattr(registers, "integer_product", integer_product)
 
     def matrix(seed, outputs, inputs):
         values = normal(seed, outputs, inputs, dtype=jnp.float32) * inputs**-0.5

@@ -11,6 +11,7 @@ from reference import NumpyGemma, all_logits, random_params, random_tokens, tiny
 
 import gemma_jax
 from gemma_jax.model import kernels
+from gemma_jax.model.kernels import matvec
 from gemma_jax.model.layers import geglu
 from gemma_jax.model.transformer import keep_products
 from gemma_jax.model.weights import (
@@ -54,6 +55,39 @@ def test_products(quantized, dtype):
     assert one.shape == (1, 1, 30) and one.dtype == jnp.float32
     np.testing.assert_allclose(one, wanted[:1, :1], atol=1e-5)  # sums and scales are float32
     np.testing.assert_allclose(weight.rows(jnp.array([3, 1]), "float32"), matrix[[3, 1]], rtol=1e-6)
+
+
+def test_large_int8_matrices_are_streamed_by_a_kernel_where_there_is_one(monkeypatch):
+    calls = []
+
+    def kernel(row, values, scale):
+        calls.append(values.shape)
+        return values.astype(jnp.float32) @ row.astype(jnp.float32) * scale
+
+    monkeypatch.setattr(kernels, "wanted", lambda: True)
+    monkeypatch.setattr(matvec, "available", lambda: True)
+    monkeypatch.setattr(matvec, "takes", lambda rows, columns: rows > 20)
+    monkeypatch.setattr(matvec, "product_of_one", kernel)
+    rng = np.random.default_rng(0)
+    for rows, dtype in ((30, "bfloat16"), (30, "float32"), (10, "bfloat16")):
+        weight = Weight(*map(jnp.asarray, quantize(rng.normal(size=(rows, 50)))))
+        x = jnp.asarray(rng.normal(size=(1, 1, 50)), dtype)
+
+        def of_x(x, weight=weight):
+            return product_of_one(x, weight, jnp.float32).sum()
+
+        wanted = weight.dense("float32")
+        found = product_of_one(x, weight, jnp.float32)
+        np.testing.assert_allclose(found, x.astype(jnp.float32) @ wanted.T, rtol=1e-4, atol=1e-4)
+        slope = jax.jit(jax.grad(of_x))(x)
+        np.testing.assert_allclose(
+            np.asarray(slope[0, 0], np.float32), wanted.sum(axis=0), rtol=2e-2, atol=2e-2
+        )
+    assert calls and set(calls) == {(30, 50)}
+    dense = Weight(jnp.ones((30, 50), jnp.bfloat16))
+    calls.clear()
+    product_of_one(jnp.ones((1, 50), jnp.bfloat16), dense)
+    assert not calls
 
 
 @pytest.mark.parametrize("tied", [True, False])

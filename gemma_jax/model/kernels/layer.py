@@ -33,7 +33,8 @@ from gemma_jax.model.kernels.registers import (
     SUMS,
     TILE,
     columns_among_threads,
-    integer_product,
+    fixed_point,
+    fixed_product,
     spread,
     tiled,
 )
@@ -286,30 +287,26 @@ def layer_of_one(
         def keep(y):
             """Puts a vector where all warps can get it: as it is, or in bytes for int8 weights.
 
-            Then as numbers in fixed point: two bytes, of which the high one has the sign. Returns their
-            unit. They are off by 2**-16 of the largest at most, which is less of the vector's norm than
-            what rounding to bfloat16 is.
+            Then as numbers in fixed point, of which it returns the unit.
             """
             y = y.astype(f32)
             if not quantized:
                 vector.at[warpgroup][...] = y
                 return jnp.float32(1)
             top = over_parts(jnp.max, jnp.max(jnp.abs(y), axis=1))
-            unit = jnp.where(top > 0.0, top, 1.0) * (1.0 / 32767)
-            fixed = (y * (1.0 / unit) + 32768.5).astype(jnp.int32) - 32768  # rounded
-            for i, part in enumerate((fixed >> 8, fixed)):
-                vector.at[warpgroup, i][...] = part.astype(jnp.int8)
+            unit, *parts = fixed_point(y, top)
+            for i, part in enumerate(parts):
+                vector.at[warpgroup, i][...] = part
             return unit
 
         def multiplied(rows, unit):
             """Sums of a tile's rows with the vector that is kept, apart for each thread."""
             if quantized:
-                high, low = (
+                parts = (
                     plgpu.load(vector.at[warpgroup, i], layout=FLAT, optimized=False)
                     for i in range(2)
                 )
-                high, low = integer_product(rows, high, low)
-                return (256 * high + low).astype(f32) * unit
+                return fixed_product(rows, unit, *parts)
             y = lax.broadcast_in_dim(load(vector.at[warpgroup], FLAT), tile_shape, (1, 2))
             return jnp.sum(rows.astype(f32) * plgpu.layout_cast(y, TILE), axis=1)
 
