@@ -139,10 +139,9 @@ def make_sampling(
 
 def draw(sampling: Sampling, logits: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:
     """One token per row, each row with its own key."""
-    kept = sampling(logits)
-    if isinstance(sampling, Greedy):
-        return jnp.argmax(kept, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+    if isinstance(sampling, Greedy):  # what it leaves, found once
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, sampling(logits)).astype(jnp.int32)
 
 
 def _require(holds: bool, name: str, value: float, rule: str) -> None:

@@ -396,10 +396,11 @@ def advance(
 
         return tuple(cut(old, new) for old, new in zip(state.layers, layers, strict=True))
 
+    if span.steady:
+        length, fill = state.length + span.count, state.fill + span.count
+        return State(length, fill, state.past, truncate(layers))
     if span.whole_segments:
         layers = settle_all(layers)
-    elif span.steady:
-        layers = truncate(layers)
     else:
         layers = jax.lax.cond(jnp.any(span.completed > 0), settle_all, truncate, layers)
     left = span.completed * span.segment_length

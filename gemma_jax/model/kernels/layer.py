@@ -682,7 +682,7 @@ def layer_of_one(
     leaves, tree = jax.tree.flatten(operands)
     in_place = (operands.get(name) for name in ("keys", "values", "write"))
 
-    def body(*refs):
+    def layer_of_one_kernel(*refs):
         given = jax.tree.unflatten(tree, refs[: len(leaves)])
         out = dict(zip(exchanged, refs[len(leaves) :], strict=True))
         pl.run_scoped(
@@ -704,7 +704,7 @@ def layer_of_one(
         )
 
     y, normed, qkv, *_ = plgpu.kernel(
-        body,
+        layer_of_one_kernel,
         out_type=[jax.ShapeDtypeStruct(*shape) for shape in exchanged.values()],
         grid=(programs,),
         grid_names=("program",),

@@ -97,7 +97,7 @@ def product_of_one(
                 0, lax.div(count + 1 - warpgroup, jnp.int32(2)), tile, scales_of(warpgroup)
             )
 
-    def body(*refs):
+    def product_of_one_kernel(*refs):
         pl.run_scoped(
             lambda *scratch: kernel(*refs, *scratch),
             plgpu.SMEM((STAGES, ROWS, PARTS, COLUMNS), jnp.int8),
@@ -107,7 +107,7 @@ def product_of_one(
         )
 
     return plgpu.kernel(
-        body,
+        product_of_one_kernel,
         out_type=jax.ShapeDtypeStruct((len(values),), jnp.float32),
         grid=(programs,),
         grid_names=("program",),
