@@ -221,16 +221,30 @@ def integer_product(rows, high, low):
     return [s.reshape(len(s), 32, -1).sum(axis=2) for s in sums]
 
 
-@pytest.mark.parametrize("kind", ["normal", "one large", "zeros"])
+@pytest.mark.parametrize("kind", ["normal", "one large", "one small", "zeros"])
 def test_fixed_point(kind):
-    """What it is off by is less than what rounding to bfloat16 is, in a product with any vector."""
     y = np.random.default_rng(0).standard_normal(2048).astype(np.float32)
-    y = {"normal": y, "one large": np.where(np.arange(2048) == 7, -1e4, y), "zeros": 0 * y}[kind]
-    unit, high, low = registers.fixed_point(jnp.asarray(y, jnp.float32), jnp.abs(y).max())
+    one = np.arange(2048) == 7
+    y = {
+        "normal": y,
+        "one large": np.where(one, np.float32(-1e4), y),
+        "one small": np.where(one, np.float32(3e-30), 0),
+        "zeros": 0 * y,
+    }[kind]
+    unit, high, low = registers.fixed_point(jnp.asarray(y), jnp.abs(y).max())
     assert high.dtype == low.dtype == jnp.int8
     found = float(unit) * (256.0 * np.asarray(high) + (np.asarray(low, np.int64) & 255))
-    rounded = np.asarray(jnp.asarray(y).astype(jnp.bfloat16), np.float64)
-    assert np.linalg.norm(found - y) <= np.linalg.norm(rounded - y)
+    assert np.abs(found - y).max() <= 1.01 * 2**-16 * np.abs(y).max()
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_fixed_point_hides_no_number_that_is_not_finite(number):
+    y = jnp.ones((8, 256)).at[0, 7].set(number)
+    rows = jnp.ones((1, 8, 256), jnp.int8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registers, "integer_product", integer_product)
+        found = registers.fixed_product(rows, *registers.fixed_point(y, jnp.abs(y).max()))
+    assert not np.isfinite(found.sum())
 
 
 def test_which_products_of_one_vector_are_streamed():

@@ -47,15 +47,15 @@ def columns_among_threads(rows: int, width: int) -> Any:
 
 
 def fixed_point(y: Array, top: Array) -> tuple[Array, Array, Array]:
-    """A vector in float32, the largest of which is `top`, as numbers of two bytes.
+    """A vector [N] in float32, the largest of which is `top`, as numbers of two bytes.
 
-    It is off by 2**-16 of the largest at most: less of the vector's norm than what rounding to bfloat16
-    is, whatever the vector.
+    Each is off by 2**-16 of the largest at most, so the vector by sqrt(N) 2**-16 of its norm: 7e-4 for
+    2,048 numbers, where rounding to bfloat16 is off by up to 2e-3. What is not finite stays so.
 
     Returns:
         Their unit, the high bytes, which have the sign, and the low ones.
     """
-    unit = jnp.where(top > 0.0, top, 1.0) * (1.0 / 32767)
+    unit = jnp.where(top == 0.0, 1.0, top) * (1.0 / 32767)
     numbers = (y * (1.0 / unit) + 32768.5).astype(jnp.int32) - 32768  # rounded
     return unit, (numbers >> 8).astype(jnp.int8), numbers.astype(jnp.int8)
 
