@@ -139,7 +139,7 @@ def make_sampling(
 
 def draw(sampling: Sampling, logits: Float[Array, "B V"], keys: Array) -> Int[Array, " B"]:
     """One token per row, each row with its own key."""
-    if isinstance(sampling, Greedy):  # what it leaves, found once
+    if isinstance(sampling, Greedy):  # the one token that it leaves
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, sampling(logits)).astype(jnp.int32)
 

@@ -37,7 +37,7 @@ def takes(
     from gemma_jax.model.kernels import layer as kernel
 
     shapes = (config.width, config.mlp_dim, config.num_heads, config.num_kv_heads, config.head_dim)
-    if not (kernel.available() and kernel.takes(*shapes, window=state.keys.shape[1])):
+    if not (kernels.lays_out_registers() and kernel.takes(*shapes, window=state.keys.shape[1])):
         return False
     rule, p = memory_lib.make_rule(config), params["attention"].get("memory", {})
     return memory_lib.reads_nothing(rule) or memory_lib.lookup_of(rule, p, state.memory) is not None

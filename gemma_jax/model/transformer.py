@@ -396,7 +396,7 @@ def advance(
 
         return tuple(cut(old, new) for old, new in zip(state.layers, layers, strict=True))
 
-    if span.steady:
+    if span.steady:  # no segment is complete
         length, fill = state.length + span.count, state.fill + span.count
         return State(length, fill, state.past, truncate(layers))
     if span.whole_segments:

@@ -212,7 +212,7 @@ def _fastest_of_one(plain: Callable, x: Array, weight: Weight) -> Callable:
         return plain
     from gemma_jax.model.kernels import matvec as kernel
 
-    if not (kernel.available() and kernel.takes(*weight.values.shape)):
+    if not (kernels.lays_out_registers() and kernel.takes(*weight.values.shape)):
         return plain
 
     def streamed(row: Array, weight: Weight) -> Array:

@@ -61,11 +61,11 @@ def test_large_int8_matrices_are_streamed_by_a_kernel_where_there_is_one(monkeyp
     calls = []
 
     def kernel(row, values, scale):
-        calls.append(values.shape)
+        calls.append((values.shape, row.dtype.name))
         return values.astype(jnp.float32) @ row.astype(jnp.float32) * scale
 
     monkeypatch.setattr(kernels, "wanted", lambda: True)
-    monkeypatch.setattr(matvec, "available", lambda: True)
+    monkeypatch.setattr(kernels, "lays_out_registers", lambda: True)
     monkeypatch.setattr(matvec, "takes", lambda rows, columns: rows > 20)
     monkeypatch.setattr(matvec, "product_of_one", kernel)
     rng = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def test_large_int8_matrices_are_streamed_by_a_kernel_where_there_is_one(monkeyp
         np.testing.assert_allclose(
             np.asarray(slope[0, 0], np.float32), wanted.sum(axis=0), rtol=2e-2, atol=2e-2
         )
-    assert calls and set(calls) == {(30, 50)}
+    assert set(calls) == {((30, 50), "bfloat16")}
     dense = Weight(jnp.ones((30, 50), jnp.bfloat16))
     calls.clear()
     product_of_one(jnp.ones((1, 50), jnp.bfloat16), dense)

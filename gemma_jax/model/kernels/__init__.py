@@ -32,6 +32,11 @@ def wanted() -> bool:
     return version is None or int(version[1]) >= CUDA
 
 
+def lays_out_registers() -> bool:
+    """Whether this version of JAX compiles `layer` and `matvec`: others lay out registers otherwise."""
+    return jax.__version_info__[:2] == (0, 11)
+
+
 def with_gradient_of(plain: Callable, kernel: Callable) -> Callable:
     """`kernel`, differentiated as `plain`, which computes the same."""
 

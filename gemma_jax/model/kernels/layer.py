@@ -66,11 +66,6 @@ class Layer(NamedTuple):
     down: Matrix
 
 
-def available() -> bool:
-    """Whether this version of JAX compiles the kernel: others infer layouts of registers otherwise."""
-    return jax.__version_info__[:2] == (0, 11)
-
-
 def takes(width: int, mlp_dim: int, heads: int, kv_heads: int, head_dim: int, window: int) -> bool:
     """Whether the kernel divides these shapes evenly."""
     tile = PARTS * COLUMNS

@@ -30,11 +30,6 @@ STAGES = 6  # tiles in shared memory, an even number
 LEAST = 32_768  # rows for which it pays
 
 
-def available() -> bool:
-    """Whether this version of JAX compiles the kernel: others infer layouts of registers otherwise."""
-    return jax.__version_info__[:2] == (0, 11)
-
-
 def takes(rows: int, columns: int) -> bool:
     """Whether the kernel divides a matrix of this shape evenly, and is faster with it."""
     return rows >= LEAST and rows % ROWS == 0 and columns == PARTS * COLUMNS

@@ -49,8 +49,9 @@ def columns_among_threads(rows: int, width: int) -> Any:
 def fixed_point(y: Array, top: Array) -> tuple[Array, Array, Array]:
     """A vector [N] in float32, the largest of which is `top`, as numbers of two bytes.
 
-    Each is off by 2**-16 of the largest at most, so the vector by sqrt(N) 2**-16 of its norm: 7e-4 for
-    2,048 numbers, where rounding to bfloat16 is off by up to 2e-3. What is not finite stays so.
+    Each is off by half a unit at most, 1/65,534 of the largest, so the vector by sqrt(N) / 65,534 of its
+    norm: 7e-4 for 2,048 numbers, where rounding to bfloat16 is off by up to 2e-3. Products with a vector
+    that is not finite are not finite.
 
     Returns:
         Their unit, the high bytes, which have the sign, and the low ones.
