@@ -111,19 +111,28 @@ def test_reads(rule, group, size):
 
 
 @interprets_hopper
-def test_geglu():
-    x, weights = normal(0, 256, 128), 0.1 * normal(1, 512, 128)
-    assert products_kernel.takes(256, 128, 512)
-    found = on_simulated_hopper(products_kernel.geglu, x, weights, programs=3)
-    gate, up = jnp.split(x.astype(jnp.float32) @ weights.T.astype(jnp.float32), 2, axis=-1)
+@pytest.mark.parametrize(
+    "rows, width, outputs, programs",
+    [
+        (256, 128, 512, 4),  # fewer steps than stages
+        (512, 640, 1536, 10),  # tiles for some multiprocessors more than for others
+    ],
+)
+def test_geglu(rows, width, outputs, programs):
+    x, weights = normal(0, rows, width), 0.1 * normal(1, outputs, width)
+    assert products_kernel.takes(rows, width, outputs)
+    found = on_simulated_hopper(products_kernel.geglu, x, weights, programs=programs)
+    halves = jnp.split(x.astype(jnp.float32) @ weights.T.astype(jnp.float32), 2, axis=-1)
+    gate, up = (half.astype(x.dtype).astype(jnp.float32) for half in halves)
     assert_near(found, nn.gelu(gate, approximate=True) * up, BF16)
 
 
 @interprets_hopper
-def test_product_apart():
-    x, weights, widths = normal(0, 256, 320), normal(1, 768, 320), (384, 256, 128)
+@pytest.mark.parametrize("widths", [(384, 256, 128), (320, 320, 128)])
+def test_product_apart(widths):
+    x, weights = normal(0, 512, 320), normal(1, 768, 320)
     found = on_simulated_hopper(
-        products_kernel.product_apart, x, weights, widths=widths, programs=3
+        products_kernel.product_apart, x, weights, widths=widths, programs=4
     )
     wanted = x.astype(jnp.float32) @ weights.T.astype(jnp.float32)
     assert [part.shape[1] for part in found] == [*widths]
@@ -136,8 +145,9 @@ def test_product_apart():
         (1280, 320, (2048, 256, 256), True),
         (1152, 320, (2048, 256, 256), False),  # 90 tiles
         (1280, 328, (2048, 256, 256), False),
-        (1300, 320, (2048, 256, 256), False),
-        (16_384, 320, (320, 320, 128), False),  # a tile's columns belong to two arrays
+        (1408, 320, (2048, 256, 256), False),  # one multiprocessor would have no neighbour
+        (16_384, 320, (320, 320, 128), True),
+        (16_384, 320, (352, 352, 64), False),  # what is stored at once belongs to two arrays
         (16_384, 320, (384, 256, 256), False),
     ],
 )

@@ -2,12 +2,16 @@
 
 XLA writes the product x [gate | up] to device memory, twice as wide as the result, and reads it back
 to multiply its halves; it likewise copies queries out of the product that keys and values are in. Here
-a tile of the product is finished in registers. Mosaic GPU (Pallas): one warpgroup streams tiles in, two
-multiply.
+a tile of the product is finished in registers, while the next one is multiplied.
+
+Mosaic GPU (Pallas): one warpgroup streams tiles in, two multiply. What limits a GPU at this is power.
+So two neighbouring multiprocessors share tiles of the weights, of which each reads half, and the rows
+of x that are multiplied at a time are so few that they stay in the cache while all weights pass.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,22 +22,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 OUTPUTS, DEPTH = 256, 64  # of a tile of the product, and of one step of it
-COLUMNS = 128  # of a tile of the result that is stored at once
-STAGES = 4  # tiles of operands in flight
-GROUP = 4  # neighbouring tiles of the result that share operands in the cache
-WARPGROUP = 64  # tokens of a warpgroup
+WARPGROUP, ROWS = 64, 128  # tokens of a warpgroup, and of a tile
+PAIR = 2  # multiprocessors, one below the other, that share tiles of weights
+STAGES = 4  # steps whose operands are in flight
+GROUP = 16  # pairs of tiles, one below the other, that all weights pass before the next rows
+COLUMNS = 64  # of the result that are stored at once
+UNROLLED = 4  # steps
 FEWEST_TILES = 96  # where there are fewer, XLA parts the sums among multiprocessors
 
 
 def takes(rows: int, width: int, outputs: int) -> bool:
     """Whether the kernels divide these shapes evenly."""
-    even = rows % (2 * WARPGROUP) == 0 and width % DEPTH == 0 and outputs % OUTPUTS == 0
-    return even and rows > 0
+    return rows > 0 and rows % (PAIR * ROWS) == width % DEPTH == outputs % OUTPUTS == 0
 
 
 def takes_apart(rows: int, width: int, widths: tuple[int, ...]) -> bool:
     """Whether `product_apart` divides these shapes evenly, into work for most multiprocessors."""
-    tiles = (rows // (2 * WARPGROUP)) * (sum(widths) // OUTPUTS)
+    tiles = (rows // ROWS) * (sum(widths) // OUTPUTS)
     even = takes(rows, width, sum(widths)) and all(wide % COLUMNS == 0 for wide in widths)
     return even and tiles >= FEWEST_TILES
 
@@ -49,13 +54,18 @@ def geglu(
         programs: tiles computed at a time; one per multiprocessor of the device by default.
     """
 
-    def finish(total, columns):
-        gate, up = total[:, :COLUMNS], total[:, COLUMNS:]
+    piece = 16  # columns: few, so that their arithmetic does not hold up the product beside it
+
+    def finish(product, at):
+        gate, up = (
+            product[:, first + at : first + at + piece].astype(jnp.float32)
+            for first in (0, OUTPUTS // 2)
+        )
         inner = gate * (0.7978845608028654 + 0.035677408136300125 * (gate * gate))
         # tanh is one instruction, off by less than rounding is; a division would be some ten.
-        yield columns, (0.5 * gate * up) * (1.0 + jnp.tanh(inner))
+        return (0.5 * gate * up) * (1.0 + jnp.tanh(inner))
 
-    return _multiply(x, gate_up, finish, parts=2, programs=programs)
+    return _multiply(x, gate_up, finish, piece, parts=2, programs=programs)
 
 
 @functools.partial(jax.jit, static_argnames=("widths", "programs"))
@@ -68,44 +78,53 @@ def product_apart(
 ) -> list[Float[Array, "T _"]]:
     """The columns of x W^T in arrays of these widths, one after the other; bfloat16."""
 
-    def finish(total, columns):
-        for part in range(0, OUTPUTS, COLUMNS):
-            yield columns + part, total[:, part : part + COLUMNS]
+    def finish(product, at):
+        return product[:, at : at + COLUMNS]
 
-    return _multiply(x, weight, finish, parts=1, widths=widths, programs=programs)
+    return _multiply(x, weight, finish, COLUMNS, widths=widths, programs=programs)
 
 
 def _multiply(
     x: Float[Array, "T K"],
     weight: Float[Array, "N K"],
-    finish: Callable[..., Iterator[tuple[Any, Any]]],
-    parts: int,
+    finish: Callable[[Any, int], Any],
+    piece: int,
+    *,
+    parts: int = 1,
     widths: tuple[int, ...] | None = None,
     programs: int | None = None,
 ) -> Any:
     """What `finish` makes of the tiles of x W^T.
 
     Args:
-        finish: given a tile of the product in float32 and its first column of the result, yields
-            first columns and tiles [_, COLUMNS] of the result.
+        finish: given a tile of the product, in x's dtype, and a column of the tile of the result that
+            is made of it: `piece` columns of that from there on.
+        piece: divides COLUMNS.
         parts: a tile of the product has as many columns of each part of the weights, which lie below
             each other; the result is as wide as one.
         widths: the result's columns are given in arrays of these widths; in one by default.
     """
-    programs = programs or jax.local_devices()[0].core_count
+    pairs = (programs or jax.local_devices()[0].core_count) // PAIR
     (rows, width), of_part = x.shape, weight.shape[0] // parts
-    tall, columns = 2 * WARPGROUP, OUTPUTS // parts
-    tiles, steps = (rows // tall, of_part // columns), width // DEPTH
-    layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    columns = OUTPUTS // parts
+    tiles, steps = (rows // (PAIR * ROWS), of_part // columns), width // DEPTH
+    pieces = list(range(0, columns, piece))
+    at_a_step = pl.cdiv(len(pieces), steps)
+    finishing = pl.cdiv(len(pieces), at_a_step)  # steps at which the tile before is finished
+    unrolled = math.gcd(steps - finishing, UNROLLED)
     shapes = [jax.ShapeDtypeStruct((rows, wide), x.dtype) for wide in widths or (of_part,)]
 
     def kernel(x_ref, w_ref, out_refs, x_tiles, w_tiles, out_tiles, full, empty):
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-        mine = pl.cdiv(tiles[0] * tiles[1] - program, jnp.int32(programs))
+        mine = pl.cdiv(tiles[0] * tiles[1] - program, jnp.int32(pairs))
 
         def place(i):
             """Row and column of a tile."""
-            return plgpu.planar_snake(program + i * programs, tiles, 1, GROUP)
+            row, column = plgpu.planar_snake(program + i * pairs, tiles, 0, GROUP)
+            return row * PAIR + lax.axis_index("pair"), column
+
+        def slot_of(at):
+            return lax.rem(at, jnp.int32(STAGES))
 
         def store(tile, rows_at, at):
             first = 0
@@ -121,11 +140,11 @@ def _multiply(
 
         @pl.when(warpgroup == 2)
         def load_tiles():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
 
             @pl.loop(0, mine * steps)
             def step(at):
-                slot = lax.rem(at, jnp.int32(STAGES))
+                slot = slot_of(at)
 
                 @pl.when(at >= STAGES)
                 def wait():
@@ -134,69 +153,98 @@ def _multiply(
                 row, column = place(lax.div(at, jnp.int32(steps)))
                 depth_at = pl.ds(lax.rem(at, jnp.int32(steps)) * DEPTH, DEPTH)
                 arrived = full.at[slot]
-                some = x_ref.at[pl.ds(row * tall, tall), depth_at]
+                some = x_ref.at[pl.ds(row * ROWS, ROWS), depth_at]
                 plgpu.copy_gmem_to_smem(some, x_tiles.at[slot], arrived)
                 for part in range(parts):
                     some = w_ref.at[pl.ds(part * of_part + column * columns, columns), depth_at]
                     tile = w_tiles.at[slot, pl.ds(part * columns, columns)]
-                    plgpu.copy_gmem_to_smem(some, tile, arrived)
+                    plgpu.copy_gmem_to_smem(some, tile, arrived, collective_axes="pair")
+
+            # The other one's last arrivals are here before this multiprocessor leaves.
+            @pl.loop(lax.max(mine * steps, jnp.int32(STAGES)), mine * steps + STAGES)
+            def stay(at):
+                plgpu.barrier_wait(empty.at[slot_of(at)])
 
         @pl.when(warpgroup < 2)
         def compute():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             own = pl.ds(warpgroup * WARPGROUP, WARPGROUP)
 
-            @pl.loop(0, mine)
-            def tile(i):
+            def finish_piece(i, product, at):
+                """Of tile i; COLUMNS are stored when they are there."""
+                if at % COLUMNS == 0:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                target = out_tiles.at[warpgroup, :, pl.ds(at % COLUMNS, piece)]
+                target[...] = finish(product, at).astype(x.dtype)
+                if (at + piece) % COLUMNS == 0:
+                    plgpu.commit_smem()
+                    row, column = place(i)
+                    rows_at = pl.ds(row * ROWS + warpgroup * WARPGROUP, WARPGROUP)
+
+                    @pl.when((i >= 0) & (i < mine))
+                    def copy():
+                        first = column * columns + at + piece - COLUMNS
+                        store(out_tiles.at[warpgroup], rows_at, first)
+
+            def tile(i, before):
                 def multiply(total):
-                    @pl.loop(0, steps)
-                    def step(k):
+                    def step(k, finished=()):
                         at = i * steps + k
-                        slot = lax.rem(at, jnp.int32(STAGES))
+                        slot = slot_of(at)
                         plgpu.barrier_wait(full.at[slot])
                         weights = plgpu.transpose_ref(w_tiles.at[slot], (1, 0))
                         plgpu.wgmma(total, x_tiles.at[slot, own], weights)
+                        for column in finished:
+                            finish_piece(i - 1, before, column)
                         plgpu.wgmma_wait(1)  # the product of the step before is done
 
                         @pl.when(k > 0)
                         def release():
-                            plgpu.barrier_arrive(empty.at[lax.rem(at - 1, jnp.int32(STAGES))])
+                            plgpu.barrier_arrive(empty.at[slot_of(at - 1)])
+
+                    for k in range(finishing):
+                        step(jnp.int32(k), pieces[k * at_a_step : (k + 1) * at_a_step])
+
+                    @pl.loop(0, (steps - finishing) // unrolled)
+                    def some_steps(n):
+                        for k in range(unrolled):
+                            step(finishing + n * unrolled + k)
 
                     plgpu.wgmma_wait(0)
-                    last = lax.rem(i * steps + steps - 1, jnp.int32(STAGES))
-                    plgpu.barrier_arrive(empty.at[last])
-                    return total[...]
+                    plgpu.barrier_arrive(empty.at[slot_of(i * steps + steps - 1)])
+                    return total[...].astype(x.dtype)
 
-                total = pl.run_scoped(multiply, plgpu.ACC((WARPGROUP, OUTPUTS), jnp.float32))
-                row, column = place(i)
-                rows_at = pl.ds(row * tall + warpgroup * WARPGROUP, WARPGROUP)
-                for at, result in finish(total, column * columns):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out_tiles.at[warpgroup][...] = result.astype(x.dtype)
-                    plgpu.commit_smem()
-                    store(out_tiles.at[warpgroup], rows_at, at)
+                return pl.run_scoped(multiply, plgpu.ACC((WARPGROUP, OUTPUTS), jnp.float32))
 
+            nothing = jnp.zeros((WARPGROUP, OUTPUTS), x.dtype)
+            product = plgpu.layout_cast(nothing, plgpu.Layout.WGMMA)
+            product = lax.fori_loop(0, mine, tile, product)
+            for column in pieces:
+                finish_piece(mine - 1, product, column)
             plgpu.wait_smem_to_gmem(0)
 
     def body(x_ref, w_ref, *out_refs):
-        def tiles_of(*shape):
+        def tiles_of(*shape, wide):
+            layout = (plgpu.TilingTransform((8, wide)), plgpu.SwizzleTransform(2 * wide))
             return plgpu.SMEM(shape, x.dtype, transforms=layout)
 
         pl.run_scoped(
             lambda *scratch: kernel(x_ref, w_ref, out_refs, *scratch),
-            tiles_of(STAGES, tall, DEPTH),
-            tiles_of(STAGES, OUTPUTS, DEPTH),
-            tiles_of(2, WARPGROUP, COLUMNS),
+            tiles_of(STAGES, ROWS, DEPTH, wide=DEPTH),
+            tiles_of(STAGES, OUTPUTS, DEPTH, wide=DEPTH),
+            tiles_of(2, WARPGROUP, COLUMNS, wide=piece),
             plgpu.Barrier(num_arrivals=1 + parts, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=2, num_barriers=STAGES),
             collective_axes="warpgroup",
         )
 
     out = plgpu.kernel(
         body,
         out_type=shapes,
-        grid=(programs,),
+        grid=(pairs,),
         grid_names=("program",),
+        cluster=(PAIR,),
+        cluster_names=("pair",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
