@@ -66,6 +66,7 @@ def local_attention(
     values: Float[Array, "B L K C"],
     sink: tuple[KVHeads, KVHeads] | None,
     span: Span,
+    lookup: Any = None,
     *,
     history: int,
     window: int | None,
@@ -80,6 +81,7 @@ def local_attention(
         keys, values: streams [history P | slots] as `state.lay` makes them.
         sink: key and value [B, 1, K, C] of the text's first token, or None.
         span: where the slots stand.
+        lookup: a memory that is read too, if `kernel_takes` the rest.
         history: P.
         window: W of a sliding layer, None elsewhere.
     """
@@ -98,9 +100,11 @@ def local_attention(
         sink = rotate(sink[0].repeat(len(at), 1), *(table[at] for table in rows(0, end))), sink[1]
 
     options = {"tables": tables, "history": history, "scale": scale}
+    if lookup is not None:
+        return _attention_by_kernel(q, keys, values, sink, span, lookup, **options)
     attention = functools.partial(_attention_by_masks, window=window, softcap=softcap, **options)
-    plain = (window, softcap, q.dtype) == (None, None, jnp.bfloat16) and sink is not None
-    if plain and _kernel_takes(span, history, q.shape[-1]):
+    conditions = {"has_sink": sink is not None, "history": history, "window": window}
+    if kernel_takes(q, span, **conditions, softcap=softcap):
         kernel = functools.partial(_attention_by_kernel, **options)
         attention = kernels.with_gradient_of(attention, kernel)
     return attention(q, keys, values, sink, span)
@@ -151,12 +155,23 @@ def _attention_by_masks(
     return out.reshape(-1, span.slots, *out.shape[2:])
 
 
-def _kernel_takes(span: Span, history: int, head_dim: int) -> bool:
-    if not (span.whole_segments and kernels.wanted()):
+def kernel_takes(
+    q: Heads,
+    span: Span,
+    *,
+    has_sink: bool,
+    history: int,
+    window: int | None,
+    softcap: float | None,
+    **_: Any,
+) -> bool:
+    """Whether whole segments attend by a kernel."""
+    plain = (window, softcap, q.dtype) == (None, None, jnp.bfloat16) and has_sink
+    if not (plain and span.whole_segments and kernels.wanted()):
         return False
     from gemma_jax.model.kernels import attention as kernel
 
-    return kernel.takes(span.segment_length, history, head_dim)
+    return kernel.takes(span.segment_length, history, q.shape[-1])
 
 
 def _attention_by_kernel(
@@ -165,12 +180,13 @@ def _attention_by_kernel(
     values: Array,
     sink: tuple[Float[Array, "B N K C"], KVHeads],
     span: Span,
+    lookup: Any = None,
     *,
     tables: Tables,
     history: int,
     scale: float,
 ) -> Heads:
-    """The same without cutting and masking."""
+    """The same without cutting and masking; with `lookup`, memory is read too."""
     from gemma_jax.model.kernels import attention as kernel
 
     return kernel.segment_attention(
@@ -181,6 +197,7 @@ def _attention_by_kernel(
         sink[0],
         sink[1][:, 0],
         span.past,
+        lookup,
         segment_length=span.segment_length,
         scale=scale,
     )

@@ -8,7 +8,6 @@ wherever a rule's name is asked for.
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from jaxtyping import Array, Bool, Float
 
 from gemma_jax.config import GLOBAL, GemmaConfig
 from gemma_jax.errors import GemmaError, UsageError
-from gemma_jax.model import kernels
 from gemma_jax.model.delta import EPS, delta_map, einsum, inverse_length, matrix_einsum
 from gemma_jax.model.rule import Features, Memory, MemoryRule, Parameter, Params, WriteGate
 from gemma_jax.model.slots import Slots
@@ -44,18 +42,15 @@ class Linear(MemoryRule):
         return {"M": self.zeros(batch_size, dim, dim), "z": self.zeros(batch_size, dim)}
 
     def read(self, p, memory, q, attended):
-        def plain(q, attended, M, z, weight):
-            phi = elu_plus_one(self.grouped(q))
-            found = matrix_einsum("BTKGF,BKFC->BTKGC", phi, M, rounded_to=q.dtype)
-            found = _divide(found, einsum("BTKGF,BKF->BTKG", phi, z)).reshape(attended.shape)
-            weight = weight[:, None]
-            return (weight * found + (1.0 - weight) * attended).astype(attended.dtype)
-
-        read = _fastest(plain, "mix_linear_read", q, self.config.num_kv_heads)
-        return read(q, attended, memory["M"], memory["z"], self.gates(p)["read"])
+        phi = elu_plus_one(self.grouped(q))
+        found = matrix_einsum("BTKGF,BKFC->BTKGC", phi, memory["M"], rounded_to=q.dtype)
+        total = einsum("BTKGF,BKF->BTKG", phi, memory["z"])
+        found = _divide(found, total).reshape(attended.shape)
+        weight = self.gates(p)["read"][:, None]
+        return (weight * found + (1.0 - weight) * attended).astype(attended.dtype)
 
     def lookup(self, p, memory):
-        from gemma_jax.model.kernels.decode import Lookup
+        from gemma_jax.model.kernels.lookup import Lookup
 
         return Lookup(memory["M"], self.gates(p)["read"], memory["z"])
 
@@ -130,14 +125,10 @@ class GatedDelta(MemoryRule):
         }
 
     def read(self, p, memory, q, attended):
-        def plain(q, attended, M, gate):
-            found = self._find(q, M)
-            found = found * jax.lax.rsqrt(jnp.mean(found**2, axis=-1, keepdims=True) + EPS)
-            found = gate[:, None] * found.reshape(attended.shape)
-            return (attended + found).astype(attended.dtype)
-
-        read = _fastest(plain, "add_normalized_read", q, self.config.num_kv_heads)
-        return read(q, attended, memory["M"], p["gate"].astype(jnp.float32))
+        found = self._find(q, memory["M"])
+        found = found * jax.lax.rsqrt(jnp.mean(found**2, axis=-1, keepdims=True) + EPS)
+        found = p["gate"].astype(jnp.float32)[:, None] * found.reshape(attended.shape)
+        return (attended + found).astype(attended.dtype)
 
     def _find(
         self, q: Float[Array, "B T H C"], M: Float[Array, "B K C C"]
@@ -148,7 +139,7 @@ class GatedDelta(MemoryRule):
         return found * inverse_length(grouped)
 
     def lookup(self, p, memory):
-        from gemma_jax.model.kernels.decode import Lookup
+        from gemma_jax.model.kernels.lookup import Lookup
 
         return Lookup(memory["M"], p["gate"].astype(jnp.float32), eps=EPS)
 
@@ -206,17 +197,6 @@ def _of_one_class(rule: MemoryRule, *methods: str) -> bool:
 def reads_nothing(rule: MemoryRule) -> bool:
     """Whether local attention is all that a layer with this rule attends to."""
     return type(rule).read is MemoryRule.read
-
-
-def _fastest(plain: Callable, name: str, q: Array, kv_heads: int) -> Callable:
-    """`plain`, or the kernel that reads memory in the same way, where it takes such queries."""
-    if q.dtype != jnp.bfloat16 or not kernels.wanted():
-        return plain
-    from gemma_jax.model.kernels import read
-
-    if not read.takes(q.shape[1], q.shape[2] // kv_heads, q.shape[3]):
-        return plain
-    return kernels.with_gradient_of(plain, getattr(read, name))
 
 
 def _divide(found: Array, total: Array) -> Array:

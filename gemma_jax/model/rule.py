@@ -94,7 +94,7 @@ class MemoryRule:
         return attended
 
     def lookup(self, p: Params, memory: Memory) -> Any:
-        """`read` as a `kernels.decode.Lookup`, if the kernels for decoding can do it; else None."""
+        """`read` as a `kernels.lookup.Lookup`, if that can say it, so that kernels do it; else None."""
         return None
 
     def prepare(self, features: Features, mask: Bool[Array, "B S"]) -> Features:

@@ -17,7 +17,12 @@ from jaxtyping import Array, Float, Int
 from gemma_jax.config import GLOBAL, SLIDING, GemmaConfig
 from gemma_jax.model import decoding, kernels
 from gemma_jax.model import memory as memory_lib
-from gemma_jax.model.attention import attention_of_one, decoding_kernel_takes, local_attention
+from gemma_jax.model.attention import (
+    attention_of_one,
+    decoding_kernel_takes,
+    kernel_takes,
+    local_attention,
+)
 from gemma_jax.model.layers import Embedder, FeedForward, RMSNorm, declare
 from gemma_jax.model.state import (
     LayerState,
@@ -114,7 +119,7 @@ class Attention(nn.Module):
                 return attended
             return self._read(rule, p, before, q, attended, span.num_segments)
 
-        def by_kernels(q, keys, values, sink, span, p, before):
+        def of_one(q, keys, values, sink, span, p, before):
             memory = jax.tree.map(lambda leaf: leaf[0], before)
             lookup = memory_lib.lookup_of(rule, p, memory) if recurrent else None
             attended = attention_of_one(q, keys, values, sink, span, lookup, **options)
@@ -122,10 +127,20 @@ class Attention(nn.Module):
                 return attended
             return self._read(rule, p, before, q, attended, 1)
 
+        def of_segments(q, keys, values, sink, span, p, before):
+            lookup = memory_lib.lookup_of(rule, p, before)
+            lookup = lookup.replace(
+                matrix=jnp.moveaxis(lookup.matrix, 0, 1),
+                total=None if lookup.total is None else jnp.moveaxis(lookup.total, 0, 1),
+            )
+            return local_attention(q, keys, values, sink, span, lookup, **options)
+
+        attend = plain
         if decoding_kernel_takes(q, keys, span):
-            attend = kernels.with_gradient_of(plain, by_kernels)
-        else:
-            attend = plain
+            attend = kernels.with_gradient_of(plain, of_one)
+        elif recurrent and kernel_takes(q, span, has_sink=sink is not None, **options):
+            if memory_lib.lookup_of(rule, p, before) is not None:
+                attend = kernels.with_gradient_of(plain, of_segments)
         attended = attend(q, keys, values, sink, span, p, before)
         attended = attended.reshape(*attended.shape[:2], -1)
         return product(attended, out), state

@@ -21,8 +21,8 @@ from gemma_jax.model.kernels import delta as delta_kernel
 from gemma_jax.model.kernels import layer as layer_kernel
 from gemma_jax.model.kernels import matvec as matvec_kernel
 from gemma_jax.model.kernels import products as products_kernel
-from gemma_jax.model.kernels import read as read_kernel
 from gemma_jax.model.kernels import registers
+from gemma_jax.model.kernels.lookup import Lookup
 from gemma_jax.model.memory import make_rule
 from gemma_jax.model.rope import rope_table
 from gemma_jax.model.rule import WriteGate
@@ -82,34 +82,6 @@ def test_delta_map(kind, tokens):
         assert_near(found[1], wanted[1][:, 0], 2e-6)
 
 
-@pytest.mark.parametrize("rule", ["linear", "gated_delta"])
-@pytest.mark.parametrize("group", [1, 4])
-@pytest.mark.parametrize(
-    "size", [1.0, 1e-3]
-)  # of what is in memory: as small as the norms' epsilon
-def test_reads(rule, group, size):
-    kv_heads, dim, tokens = 2, 64, 128
-    config = tiny_config(
-        rule=rule, num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=dim, dtype="bfloat16"
-    )
-    made = make_rule(config)
-    q, attended = (normal(i, 2, tokens, kv_heads * group, dim) for i in range(2))
-    state = {"M": size * normal(2, 2, kv_heads, dim, dim, dtype=jnp.float32)}
-    gate = normal(4, kv_heads * group, dtype=jnp.float32)
-    assert read_kernel.takes(tokens, group, dim)
-    if rule == "linear":
-        z = jnp.abs(normal(3, 2, kv_heads, dim, dtype=jnp.float32)).at[0].set(0.0)
-        state["z"] = z  # nothing was written in the first row
-        found = read_kernel.mix_linear_read(
-            q, attended, state["M"], z, jax.nn.sigmoid(gate), interpret=True
-        )
-    else:
-        found = read_kernel.add_normalized_read(q, attended, state["M"], gate, interpret=True)
-    wanted = made.read({"gate": gate}, state, q, attended)
-    assert found.dtype == wanted.dtype == jnp.bfloat16
-    assert_near(found, wanted, BF16)
-
-
 @interprets_hopper
 @pytest.mark.parametrize(
     "rows, width, outputs, programs",
@@ -156,11 +128,26 @@ def test_which_products_are_written_apart(rows, width, widths, taken):
 
 
 @interprets_hopper
-@pytest.mark.parametrize("history", [128, 0])
-def test_attention(history, monkeypatch):
-    """Two texts: one long read, one at its start, whose first segment has neither history nor sink."""
+@pytest.mark.parametrize(
+    "history, rule, size",  # of what is in memory
+    [
+        (128, "off", 0.0),
+        (0, "off", 0.0),
+        (128, "gated_delta", 1.0),
+        (0, "gated_delta", 1e-3),  # as small as the norms' epsilon
+        (128, "linear", 1.0),
+        (0, "linear", 1e-3),
+    ],
+)
+def test_attention(history, rule, size, monkeypatch):
+    """Two texts: one long read, one at its start, whose first segment has neither history nor sink.
 
-    def accumulate(out, weight, values, meanwhile):  # the interpreter has no such product
+    What is read from memory is part of it.
+    """
+
+    def accumulate(
+        out, weight, values, meanwhile=lambda: None
+    ):  # the interpreter has no such product
         meanwhile()
         return out + jnp.dot(weight, values[...], preferred_element_type=jnp.float32)
 
@@ -177,7 +164,24 @@ def test_attention(history, monkeypatch):
     options = {"tables": tables, "history": history, "scale": dim**-0.5}
     args = (q, keys, values, sink, span)
     wanted = attention._attention_by_masks(*args, **options, window=None, softcap=None)
-    found = on_simulated_hopper(attention._attention_by_kernel, *args, **options)
+    lookup = None
+    if rule != "off":
+        matrix = size * normal(5, 2, segments, kv_heads, dim, dim, dtype=jnp.float32)
+        total = jnp.abs(normal(6, 2, segments, kv_heads, dim, dtype=jnp.float32))
+        total = total.at[1, 0].set(0.0)  # nothing was written yet
+        gates = {"gate": 3.0 * normal(7, heads, dtype=jnp.float32)}
+        config = tiny_config(
+            rule=rule, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, dtype="bfloat16"
+        )
+        made, memory = make_rule(config), {"M": matrix, "z": total}
+        lookup = made.lookup(gates, memory)
+
+        def by_segment(x):
+            return x.reshape(2, segments, length, heads, dim)
+
+        read = jax.vmap(functools.partial(made.read, gates), 1, 1)
+        wanted = read(memory, by_segment(q), by_segment(wanted)).reshape(q.shape)
+    found = on_simulated_hopper(attention._attention_by_kernel, *args, lookup, **options)
     assert_near(found, wanted, 2 * BF16)
 
 
@@ -332,7 +336,7 @@ def test_layer_of_one(rule, quantized, seen, monkeypatch):
     cosine, sine = map(jnp.asarray, rope_table(rope, dim, window + 1))
     lookup = None
     if rule != "off":
-        lookup = decode_kernel.Lookup(
+        lookup = Lookup(
             normal(11, 1, 1, dim, dim, dtype=jnp.float32),
             jnp.array([0.7, -0.4]),
             jnp.abs(normal(12, 1, 1, dim, dtype=jnp.float32)) if rule == "linear" else None,
@@ -472,7 +476,7 @@ def test_a_step_of_decoding_uses_them(monkeypatch):
     wanted = written()
     assert not calls
     monkeypatch.setattr(kernels, "wanted", lambda: True)
-    for module in (attention_kernel, products_kernel, delta_kernel, read_kernel):
+    for module in (attention_kernel, products_kernel, delta_kernel):
         monkeypatch.setattr(module, "takes", lambda *args: False)
     found = written()
     jax.clear_caches()
@@ -517,7 +521,7 @@ def test_a_step_of_one_text_takes_a_kernel_for_each_layer(monkeypatch):
         monkeypatch.setattr(layer_kernel, name, value)
     monkeypatch.setattr(kernels, "wanted", lambda: True)
     monkeypatch.setattr(kernels, "lays_out_registers", lambda: True)
-    for module in (attention_kernel, products_kernel, delta_kernel, read_kernel, decode_kernel):
+    for module in (attention_kernel, products_kernel, delta_kernel, decode_kernel):
         monkeypatch.setattr(module, "takes", lambda *args: False)
     for changes in ({"qk_norm": True}, {"post_norms": True}, {"attention_softcap": 9.0}, {}):
         other = dataclasses.replace(config, **changes)
@@ -546,8 +550,8 @@ def test_a_step_of_one_text_takes_a_kernel_for_each_layer(monkeypatch):
     "rule, used",
     [
         ("off", set()),
-        ("linear", {"mix_linear_read"}),
-        ("gated_delta", {"delta_map", "add_normalized_read"}),
+        ("linear", {"lookup"}),
+        ("gated_delta", {"delta_map", "lookup"}),
     ],
 )
 def test_reading_uses_them_on_hopper(rule, used, monkeypatch):
@@ -558,6 +562,7 @@ def test_reading_uses_them_on_hopper(rule, used, monkeypatch):
     def spy(module, name, real):
         def called(*args, **kwargs):
             calls.add(name)
+            calls.update("lookup" for x in args if isinstance(x, Lookup))
             return real(*args, **kwargs | ({"programs": 132} if module is products_kernel else {}))
 
         return called
@@ -567,8 +572,6 @@ def test_reading_uses_them_on_hopper(rule, used, monkeypatch):
         (products_kernel, "geglu"),
         (products_kernel, "product_apart"),
         (delta_kernel, "delta_map"),
-        (read_kernel, "mix_linear_read"),
-        (read_kernel, "add_normalized_read"),
     ):
         monkeypatch.setattr(module, name, spy(module, name, getattr(module, name)))
     config = dataclasses.replace(PRESETS["gemma-2b"], layer_types=(GLOBAL, GLOBAL))
@@ -631,7 +634,7 @@ def test_a_step_of_training_takes_the_gradient_of_the_plain_lines(monkeypatch):
 
     wanted = gradient()
     monkeypatch.setattr(kernels, "wanted", lambda: True)
-    for module in (attention_kernel, products_kernel, delta_kernel, read_kernel):
+    for module in (attention_kernel, products_kernel, delta_kernel):
         monkeypatch.setattr(module, "takes", lambda *args: True)
     real, used = kernels.with_gradient_of, []
 

@@ -4,7 +4,7 @@ All segments of a step read one stream of keys [history P | slots]: a query of s
 stream from n S on, up to itself. Nothing is cut out, masked or padded for it, and what is invisible
 is not computed. The sink enters as the softmax's first term. Mosaic GPU (Pallas): one warpgroup
 streams keys and values in, two rotate 64 queries each, work on them and take turns at the tensor
-cores (FlashAttention-3, Shah et al. 2024).
+cores (FlashAttention-3, Shah et al. 2024). Memory is read at the end: its matrix follows the values.
 """
 
 import functools
@@ -19,6 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
+
+from gemma_jax.model.kernels.lookup import Lookup
 
 QUERIES, KEYS = 64, 64  # of a warpgroup, and of one step
 STAGES = 2  # steps whose keys and values are in flight
@@ -43,11 +45,12 @@ def segment_attention(
     sink_keys: Float[Array, "B N K C"],
     sink_values: Float[Array, "B K C"],
     past: Int[Array, " B"],
+    lookup: Lookup | None = None,
     *,
     segment_length: int,
     scale: float,
 ) -> Float[Array, "B T H C"]:
-    """Softmax attention; bfloat16 with float32 sums.
+    """Softmax attention, and what is read from memory; bfloat16 with float32 sums.
 
     Args:
         q: queries of whole segments, not rotated yet.
@@ -57,15 +60,27 @@ def segment_attention(
         sink_values: value of the sink.
         past: tokens before the slots, a multiple of 64 or more than the history: so many keys of it are
             there, and a segment that more tokens than the history precede sees the sink.
+        lookup: a memory that is read too, with the matrix [B, N, K, C, C] and `total` of each segment.
+            The matrix enters as the sum of two bfloat16 numbers, which keeps 16 bits of its fraction,
+            far more than the result holds; so do features that are not the queries themselves.
         scale: of the scores.
     """
     batch, length, heads, dim = q.shape
     history, group = keys.shape[1] - length, heads // keys.shape[2]
     layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     log2e = math.log2(math.e)
+    nothing = jnp.zeros((0,), jnp.float32)
+    memory, gate, memory_total = nothing.astype(q.dtype), nothing, nothing
+    if lookup is not None:
+        high = lax.reduce_precision(lookup.matrix, exponent_bits=8, mantissa_bits=7)
+        rows = [x.reshape(*x.shape[:3], -1, 1, KEYS, dim) for x in (high, lookup.matrix - high)]
+        memory = jnp.concatenate(rows, axis=4).astype(q.dtype)
+        gate = lookup.gate
+        memory_total = nothing if lookup.total is None else lookup.total
 
     def kernel(
-        q_ref, k_ref, v_ref, cosine_ref, sine_ref, sink_key_ref, sink_value_ref, past_ref, out_ref,
+        q_ref, k_ref, v_ref, cosine_ref, sine_ref, sink_key_ref, sink_value_ref, past_ref,
+        memory_ref, gate_ref, memory_total_ref, out_ref,
         q_tiles, k_tiles, v_tiles, sinks, q_full, k_full, v_full, k_empty, v_empty, turn
     ):  # fmt: skip
         row, head = lax.axis_index("row"), lax.axis_index("head")
@@ -81,7 +96,7 @@ def segment_attention(
 
         @pl.when(warpgroup == COMPUTE)
         def load_tiles():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
 
             @pl.loop(0, steps)
             def step(at):
@@ -98,9 +113,62 @@ def segment_attention(
 
                     plgpu.copy_gmem_to_smem(ref.at[part], tiles.at[slot], full.at[slot])
 
+            if lookup is not None:
+                for own in range(COMPUTE):  # the queries again, as they were
+                    slot = lax.rem(steps + own, jnp.int32(STAGES))
+                    plgpu.barrier_wait(k_empty.at[slot])
+                    part = (row, pl.ds(tile + own * QUERIES, QUERIES), head)
+                    plgpu.copy_gmem_to_smem(q_ref.at[part], k_tiles.at[slot], k_full.at[slot])
+                for at in range(2 * dim // KEYS):
+                    slot = lax.rem(steps + at, jnp.int32(STAGES))
+                    plgpu.barrier_wait(v_empty.at[slot])
+                    part = (row, segment, kv_head, *divmod(at, 2))
+                    plgpu.copy_gmem_to_smem(memory_ref.at[part], v_tiles.at[slot], v_full.at[slot])
+
+        def look_up(warpgroup):
+            """What is found in memory, and the share of what was attended to; `Lookup.mix` in parts."""
+            slot = lax.rem(steps + warpgroup, jnp.int32(STAGES))
+            queries = k_tiles.at[slot]
+            plgpu.barrier_wait(k_full.at[slot])
+            layout = plgpu.Layout.WGMMA
+            found = plgpu.layout_cast(jnp.zeros((QUERIES, dim), jnp.float32), layout)
+            number = 0.0  # |q|^2, or phi(q) total
+            for at in range(0, dim, KEYS):
+                columns = pl.ds(at, KEYS)
+                features = lookup.features(load(queries.at[:, columns], layout).astype(jnp.float32))
+                factor = features
+                if lookup.total is not None:
+                    ref = memory_total_ref.at[row, segment, kv_head, columns]
+                    factor = load(ref, layout.reduce(0), optimized=False)
+                    factor = lax.broadcast_in_dim(factor, features.shape, (1,))
+                number += (features * factor).sum(axis=1)
+                high = features.astype(q.dtype)
+                low = (features - high.astype(jnp.float32)).astype(q.dtype)
+                by_higher = [high] if lookup.total is None else [high, low]  # low is 0 of a query
+                for half, parts in enumerate([by_higher, [high]]):
+                    i = 2 * at // KEYS + half
+                    slot = lax.rem(steps + i, jnp.int32(STAGES))
+                    plgpu.barrier_wait(v_full.at[slot])
+                    for part in parts:
+                        found = _accumulate(found, part, v_tiles.at[slot])
+                    if i + STAGES < 2 * dim // KEYS:
+                        plgpu.barrier_arrive(v_empty.at[slot])
+
+            def by_number(x):
+                return lax.broadcast_in_dim(x, found.shape, (0,))
+
+            weight = gate_ref[head]
+            if lookup.total is not None:
+                empty = number == 0.0
+                inverse = jnp.where(empty, 0.0, weight / jnp.where(empty, 1.0, number))
+                return found * by_number(inverse), 1.0 - weight
+            found *= by_number(lax.rsqrt(number + lookup.eps))
+            size = (found * found).sum(axis=1) / dim
+            return found * by_number(weight * lax.rsqrt(size + lookup.eps)), 1.0
+
         @pl.when(warpgroup < COMPUTE)
         def compute():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             q_tile = q_tiles.at[warpgroup]
             start = tile + warpgroup * QUERIES
 
@@ -189,6 +257,12 @@ def segment_attention(
             out, _, total = carry
             out = out * lax.broadcast_in_dim(1.0 / total, out.shape, (0,))
             q_tile[...] = out.astype(q.dtype)
+            if lookup is not None:
+                found, share = look_up(warpgroup)
+                for half in halves:
+                    some = share * load(q_tile.at[:, half], plgpu.Layout.WGMMA).astype(jnp.float32)
+                    some += found[:, half.start : half.start + half.size]
+                    q_tile[:, half] = some.astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_tile, out_ref.at[row, own, head])
             plgpu.wait_smem_to_gmem(0)
@@ -227,10 +301,13 @@ def segment_attention(
         sink_keys.astype(jnp.float32),
         sink_values.astype(jnp.float32),
         past,
+        memory,
+        gate,
+        memory_total,
     )
 
 
-def _accumulate(out, weight, values, meanwhile):
+def _accumulate(out, weight, values, meanwhile=lambda: None):
     """out + weight values, with `weight` in registers."""
 
     def add(accumulator):

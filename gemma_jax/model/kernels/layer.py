@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from gemma_jax.model.kernels.decode import NOTHING, Lookup
+from gemma_jax.model.kernels.decode import NOTHING
+from gemma_jax.model.kernels.lookup import Lookup
 from gemma_jax.model.kernels.registers import (
     COLUMNS,
     FLAT,
