@@ -129,31 +129,30 @@ def test_which_products_are_written_apart(rows, width, widths, taken):
 
 @interprets_hopper
 @pytest.mark.parametrize(
-    "history, rule, size",  # of what is in memory
+    "history, rule, q_size, size",  # the last of what is in memory
     [
-        (128, "off", 0.0),
-        (0, "off", 0.0),
-        (128, "gated_delta", 1.0),
-        (0, "gated_delta", 1e-3),  # as small as the norms' epsilon
-        (128, "linear", 1.0),
-        (0, "linear", 1e-3),
+        (128, "off", 1.0, 0.0),
+        (0, "off", 1.0, 0.0),
+        (128, "gated_delta", 1.0, 1.0),
+        (0, "gated_delta", 2**-13, 1e-3),  # as small as the norms' epsilon
+        (128, "linear", 1.0, 1.0),
+        (0, "linear", 2**-6, 1e3),  # features that differ in what rounding takes away
     ],
 )
-def test_attention(history, rule, size, monkeypatch):
+def test_attention(history, rule, q_size, size, monkeypatch):
     """Two texts: one long read, one at its start, whose first segment has neither history nor sink.
 
     What is read from memory is part of it.
     """
 
-    def accumulate(
-        out, weight, values, meanwhile=lambda: None
-    ):  # the interpreter has no such product
+    def accumulate(out, weight, values, meanwhile=lambda: None):
+        """The interpreter has no such product."""
         meanwhile()
         return out + jnp.dot(weight, values[...], preferred_element_type=jnp.float32)
 
     monkeypatch.setattr(attention_kernel, "_accumulate", accumulate)
     length, segments, heads, kv_heads, dim = 128, 2, 4, 2, 128
-    q = normal(0, 2, length * segments, heads, dim)
+    q = q_size * normal(0, 2, length * segments, heads, dim)
     keys, values = (normal(i, 2, history + length * segments, kv_heads, dim) for i in (1, 2))
     sink = normal(3, 2, segments, kv_heads, dim), normal(4, 2, 1, kv_heads, dim)
     past = jnp.array([10 * length, 0])
@@ -167,6 +166,7 @@ def test_attention(history, rule, size, monkeypatch):
     lookup = None
     if rule != "off":
         matrix = size * normal(5, 2, segments, kv_heads, dim, dim, dtype=jnp.float32)
+        matrix -= matrix.mean(axis=-2, keepdims=True)
         total = jnp.abs(normal(6, 2, segments, kv_heads, dim, dtype=jnp.float32))
         total = total.at[1, 0].set(0.0)  # nothing was written yet
         gates = {"gate": 3.0 * normal(7, heads, dtype=jnp.float32)}
