@@ -94,7 +94,10 @@ class MemoryRule:
         return attended
 
     def lookup(self, p: Params, memory: Memory) -> Any:
-        """`read` as a `kernels.lookup.Lookup`, if that can say it, so that kernels do it; else None."""
+        """`read` as a `kernels.lookup.Lookup`, if that can say it, so that kernels do it; else None.
+
+        A rule that changes what `read` does, be it in a method that `read` calls, says so here too.
+        """
         return None
 
     def prepare(self, features: Features, mask: Bool[Array, "B S"]) -> Features:

@@ -119,27 +119,31 @@ class Attention(nn.Module):
                 return attended
             return self._read(rule, p, before, q, attended, span.num_segments)
 
-        def of_one(q, keys, values, sink, span, p, before):
+        def first_lookup(p, before):
             memory = jax.tree.map(lambda leaf: leaf[0], before)
-            lookup = memory_lib.lookup_of(rule, p, memory) if recurrent else None
+            return memory_lib.lookup_of(rule, p, memory)
+
+        def of_one(q, keys, values, sink, span, p, before):
+            lookup = first_lookup(p, before) if recurrent else None
             attended = attention_of_one(q, keys, values, sink, span, lookup, **options)
             if not recurrent or lookup is not None:
                 return attended
             return self._read(rule, p, before, q, attended, 1)
 
         def of_segments(q, keys, values, sink, span, p, before):
-            lookup = memory_lib.lookup_of(rule, p, before)
-            lookup = lookup.replace(
-                matrix=jnp.moveaxis(lookup.matrix, 0, 1),
-                total=None if lookup.total is None else jnp.moveaxis(lookup.total, 0, 1),
-            )
+            def of_one_segment(memory):
+                lookup = memory_lib.lookup_of(rule, p, memory)
+                return lookup.matrix, lookup.total
+
+            matrix, total = jax.vmap(of_one_segment, out_axes=1)(before)
+            lookup = first_lookup(p, before).replace(matrix=matrix, total=total)
             return local_attention(q, keys, values, sink, span, lookup, **options)
 
         attend = plain
         if decoding_kernel_takes(q, keys, span):
             attend = kernels.with_gradient_of(plain, of_one)
         elif recurrent and kernel_takes(q, span, has_sink=sink is not None, **options):
-            if memory_lib.lookup_of(rule, p, before) is not None:
+            if first_lookup(p, before) is not None:
                 attend = kernels.with_gradient_of(plain, of_segments)
         attended = attend(q, keys, values, sink, span, p, before)
         attended = attended.reshape(*attended.shape[:2], -1)

@@ -103,6 +103,7 @@ def _multiply(
         parts: a tile of the product has as many columns of each part of the weights, which lie below
             each other; the result is as wide as one.
         widths: the result's columns are given in arrays of these widths; in one by default.
+        programs: an even number; one per multiprocessor of the device by default.
     """
     pairs = (programs or jax.local_devices()[0].core_count) // PAIR
     (rows, width), of_part = x.shape, weight.shape[0] // parts
