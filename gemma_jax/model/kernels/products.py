@@ -49,9 +49,11 @@ def geglu(
 ) -> Float[Array, "T M"]:
     """gelu(x Wg) * (x Wu), with the tanh approximation of GELU; bfloat16 with float32 sums.
 
+    The products are rounded to bfloat16 before they are multiplied with each other, as XLA's are.
+
     Args:
         gate_up: [Wg; Wu], outputs first.
-        programs: tiles computed at a time; one per multiprocessor of the device by default.
+        programs: tiles computed at a time, an even number; one per multiprocessor of the device by default.
     """
 
     piece = 16  # columns: few, so that their arithmetic does not hold up the product beside it
