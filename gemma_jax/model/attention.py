@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gemma_jax.config import Rope
 from gemma_jax.model import determinism, kernels
+from gemma_jax.model.kernels.lookup import Lookup
 from gemma_jax.model.rope import rope_rows, rope_table, rotate
 from gemma_jax.model.state import Span
 
@@ -66,7 +67,7 @@ def local_attention(
     values: Float[Array, "B L K C"],
     sink: tuple[KVHeads, KVHeads] | None,
     span: Span,
-    lookup: Any = None,
+    lookup: Lookup | None = None,
     *,
     history: int,
     window: int | None,
@@ -81,7 +82,7 @@ def local_attention(
         keys, values: streams [history P | slots] as `state.lay` makes them.
         sink: key and value [B, 1, K, C] of the text's first token, or None.
         span: where the slots stand.
-        lookup: a memory that is read too, if `kernel_takes` the rest.
+        lookup: a memory that is read too, if `segment_kernel_takes` the rest.
         history: P.
         window: W of a sliding layer, None elsewhere.
     """
@@ -102,9 +103,9 @@ def local_attention(
     options = {"tables": tables, "history": history, "scale": scale}
     if lookup is not None:
         return _attention_by_kernel(q, keys, values, sink, span, lookup, **options)
-    attention = functools.partial(_attention_by_masks, window=window, softcap=softcap, **options)
-    conditions = {"has_sink": sink is not None, "history": history, "window": window}
-    if kernel_takes(q, span, **conditions, softcap=softcap):
+    only = {"window": window, "softcap": softcap}
+    attention = functools.partial(_attention_by_masks, **only, **options)
+    if segment_kernel_takes(q, span, has_sink=sink is not None, history=history, **only):
         kernel = functools.partial(_attention_by_kernel, **options)
         attention = kernels.with_gradient_of(attention, kernel)
     return attention(q, keys, values, sink, span)
@@ -155,7 +156,7 @@ def _attention_by_masks(
     return out.reshape(-1, span.slots, *out.shape[2:])
 
 
-def kernel_takes(
+def segment_kernel_takes(
     q: Heads,
     span: Span,
     *,
@@ -180,7 +181,7 @@ def _attention_by_kernel(
     values: Array,
     sink: tuple[Float[Array, "B N K C"], KVHeads],
     span: Span,
-    lookup: Any = None,
+    lookup: Lookup | None = None,
     *,
     tables: Tables,
     history: int,
@@ -218,7 +219,7 @@ def attention_of_one(
     values: Float[Array, "B L K C"],
     sink: tuple[KVHeads, KVHeads] | None,
     span: Span,
-    lookup: Any = None,
+    lookup: Lookup | None = None,
     *,
     history: int,
     window: int | None,

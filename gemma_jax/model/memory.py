@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from gemma_jax.config import GLOBAL, GemmaConfig
 from gemma_jax.errors import GemmaError, UsageError
 from gemma_jax.model.delta import EPS, delta_map, einsum, inverse_length, matrix_einsum
+from gemma_jax.model.kernels.lookup import Lookup
 from gemma_jax.model.rule import Features, Memory, MemoryRule, Parameter, Params, WriteGate
 from gemma_jax.model.slots import Slots
 
@@ -50,8 +51,6 @@ class Linear(MemoryRule):
         return (weight * found + (1.0 - weight) * attended).astype(attended.dtype)
 
     def lookup(self, p, memory):
-        from gemma_jax.model.kernels.lookup import Lookup
-
         return Lookup(memory["M"], self.gates(p)["read"], memory["z"])
 
     def prepare(self, features, mask):
@@ -139,8 +138,6 @@ class GatedDelta(MemoryRule):
         return found * inverse_length(grouped)
 
     def lookup(self, p, memory):
-        from gemma_jax.model.kernels.lookup import Lookup
-
         return Lookup(memory["M"], p["gate"].astype(jnp.float32), eps=EPS)
 
     def prepare(self, features, mask):
@@ -180,9 +177,23 @@ class SelectiveDelta(GatedDelta):
         return (attended + gate[..., None] * found.reshape(attended.shape)).astype(attended.dtype)
 
 
-def lookup_of(rule: MemoryRule, p: Params, memory: Memory) -> Any:
+def lookup_of(rule: MemoryRule, p: Params, memory: Memory) -> Lookup | None:
     """The rule's `lookup`; None if it is not of the class that `read` is of, so says something else."""
     return rule.lookup(p, memory) if _of_one_class(rule, "read", "lookup") else None
+
+
+def lookup_of_segments(rule: MemoryRule, p: Params, before: Memory) -> Lookup | None:
+    """The same of memory at the start of N segments, [N, B, ...]: its arrays are [B, N, ...]."""
+    first = lookup_of(rule, p, jax.tree.map(lambda leaf: leaf[0], before))
+    if first is None:
+        return None
+
+    def of_one(memory: Memory) -> tuple[Array, Array | None]:
+        found = rule.lookup(p, memory)
+        return found.matrix, found.total
+
+    matrix, total = jax.vmap(of_one, out_axes=1)(before)
+    return first.replace(matrix=matrix, total=total)
 
 
 def write_gate_of(rule: MemoryRule, p: Params) -> WriteGate | None:

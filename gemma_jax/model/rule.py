@@ -8,7 +8,6 @@ is written once, with its whole segment, when local attention stops seeing that 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from gemma_jax.config import GemmaConfig
+from gemma_jax.model.kernels.lookup import Lookup
 
 Memory = dict[str, Array]
 Features = dict[str, Array]
@@ -93,8 +93,8 @@ class MemoryRule:
         """Mixes what the queries find in memory with what local attention found."""
         return attended
 
-    def lookup(self, p: Params, memory: Memory) -> Any:
-        """`read` as a `kernels.lookup.Lookup`, if that can say it, so that kernels do it; else None.
+    def lookup(self, p: Params, memory: Memory) -> Lookup | None:
+        """`read` as a `Lookup`, if that can say it, so that kernels do it; else None.
 
         A rule that changes what `read` does, be it in a method that `read` calls, says so here too.
         """

@@ -20,8 +20,8 @@ from gemma_jax.model import memory as memory_lib
 from gemma_jax.model.attention import (
     attention_of_one,
     decoding_kernel_takes,
-    kernel_takes,
     local_attention,
+    segment_kernel_takes,
 )
 from gemma_jax.model.layers import Embedder, FeedForward, RMSNorm, declare
 from gemma_jax.model.state import (
@@ -119,31 +119,23 @@ class Attention(nn.Module):
                 return attended
             return self._read(rule, p, before, q, attended, span.num_segments)
 
-        def first_lookup(p, before):
-            memory = jax.tree.map(lambda leaf: leaf[0], before)
-            return memory_lib.lookup_of(rule, p, memory)
-
         def of_one(q, keys, values, sink, span, p, before):
-            lookup = first_lookup(p, before) if recurrent else None
+            memory = jax.tree.map(lambda leaf: leaf[0], before)
+            lookup = memory_lib.lookup_of(rule, p, memory) if recurrent else None
             attended = attention_of_one(q, keys, values, sink, span, lookup, **options)
             if not recurrent or lookup is not None:
                 return attended
             return self._read(rule, p, before, q, attended, 1)
 
         def of_segments(q, keys, values, sink, span, p, before):
-            def of_one_segment(memory):
-                lookup = memory_lib.lookup_of(rule, p, memory)
-                return lookup.matrix, lookup.total
-
-            matrix, total = jax.vmap(of_one_segment, out_axes=1)(before)
-            lookup = first_lookup(p, before).replace(matrix=matrix, total=total)
+            lookup = memory_lib.lookup_of_segments(rule, p, before)
             return local_attention(q, keys, values, sink, span, lookup, **options)
 
         attend = plain
         if decoding_kernel_takes(q, keys, span):
             attend = kernels.with_gradient_of(plain, of_one)
-        elif recurrent and kernel_takes(q, span, has_sink=sink is not None, **options):
-            if first_lookup(p, before) is not None:
+        elif recurrent and segment_kernel_takes(q, span, has_sink=sink is not None, **options):
+            if memory_lib.lookup_of_segments(rule, p, before) is not None:
                 attend = kernels.with_gradient_of(plain, of_segments)
         attended = attend(q, keys, values, sink, span, p, before)
         attended = attended.reshape(*attended.shape[:2], -1)
