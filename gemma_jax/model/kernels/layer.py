@@ -6,10 +6,13 @@ that its program multiplies into shared memory, one matrix after the other, and 
 result; two warpgroups multiply and attend, and all programs meet between the steps of the layer. While
 they wait for each other, the next tiles are taken into registers, which makes room for more on its way.
 Whatever else a multiprocessor asks for waits behind what is streamed to it, so only as much of that is
-on its way as the memory's bandwidth needs. Mosaic GPU (Pallas).
+on its way as the memory's bandwidth needs, and a little less while programs exchange vectors. A warp that
+waits for one load may wait for its others with it: scales therefore come with their tiles, and nothing
+that is slow to come is asked for beside a product. Mosaic GPU (Pallas).
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,6 +49,8 @@ ROWS, ROWS_INT8 = 8, 16  # of a tile, shared out to the four warps
 BYTES = 192 * 1024  # of shared memory for tiles
 IN_FLIGHT = 3  # half tiles on their way; one fewer until programs have attended
 SHARES = 128  # of the window and of the rows of memory, each of a program
+AT_ONCE = 2  # chunks of the hidden vector that become bytes together
+LINE = 32  # numbers of 4 bytes in 128, by which places that are copied to lie apart
 HIDDEN = 5  # the first of two signals about the hidden vector; those before are of meetings
 
 
@@ -54,6 +59,13 @@ class Matrix(NamedTuple):
 
     values: Float[Array, "N K/256 256"]
     scale: Float[Array, " N"] | None = None
+
+
+class Tile(NamedTuple):
+    """A tile in registers; the scales of the rows of its two halves if they are int8."""
+
+    rows: Array
+    scale: list[Array] | None
 
 
 class Layer(NamedTuple):
@@ -121,6 +133,7 @@ def layer_of_one(
     tiles = [m.values.shape[0] // height for m in matrices]
     chunks = [m.values.shape[1] // PARTS for m in matrices]
     deep = chunks[3]  # of which the hidden vector has so many
+    at_once = math.gcd(deep // 2, AT_ONCE) if quantized else 1  # of each of the two warpgroups
     # A tile of [gate | up] has as many rows of both; else its rows lie below each other.
     steps = [height, height, height // 2, height]
     below = [height // 2, height // 2, layer.gate_up.values.shape[0] // 2, height // 2]
@@ -149,10 +162,13 @@ def layer_of_one(
     }
 
     def kernel(
-        given, out, slots, scores, weights, full, empty, both, met, numbers, handed, queries, vector
-    ):
+        given, out, slots, scales, scores, weights, full, empty, both, met, numbers, handed, queries,
+        vector
+    ):  # fmt: skip
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-        counts = [pl.cdiv(n - program, jnp.int32(programs)) for n in tiles]
+        # Programs have tiles in turn: of [gate | up] the last one first, as the first has more of others.
+        turn = [program, program, programs - 1 - program, program]
+        counts = [pl.cdiv(n - i, jnp.int32(programs)) for n, i in zip(tiles, turn, strict=True)]
         early = deep * 3 // 4  # chunks of the hidden vector, with which the product may begin
 
         def turns(at: int):
@@ -170,14 +186,16 @@ def layer_of_one(
             return [sum((loads[i] for loads in each), jnp.int32(0)) for i in range(2)]
 
         def halves_of(at: int, i):
-            """The two halves of the i-th tile that this program loads of a matrix."""
+            """The two halves of the i-th tile that this program loads of a matrix, and their scales."""
             tile, chunk = lax.div(i, jnp.int32(chunks[at])), lax.rem(i, jnp.int32(chunks[at]))
             for row in rows_of(at, tile):
-                yield given["matrices"][at].at[half_of(row), pl.ds(chunk * PARTS, PARTS)]
+                rows = half_of(row)
+                scale = given["scales"][at].at[rows] if quantized else None
+                yield given["matrices"][at].at[rows, pl.ds(chunk * PARTS, PARTS)], scale
 
         def rows_of(at: int, tile):
             """The first row of each half of this program's tile."""
-            row = (program + tile * programs) * steps[at]
+            row = (turn[at] + tile * programs) * steps[at]
             return row, row + below[at]
 
         def arrive(half, wanted):
@@ -191,6 +209,10 @@ def layer_of_one(
 
         def half_of(row):
             return pl.ds(row, height // 2)
+
+        def scales_at(slot, part):
+            """Where the scales of half a tile are."""
+            return scales.at[slot, part, half_of(0)]
 
         @pl.when(warpgroup == 2)
         def stream():
@@ -206,7 +228,7 @@ def layer_of_one(
                     slot = odd * stages + lax.rem(use, jnp.int32(stages))
                     attending = (at < 2) | ((at == 2) & (i < 2 * stages))
 
-                    for part, ref in enumerate(halves_of(at, i)):
+                    for part, (ref, scale) in enumerate(halves_of(at, i)):
                         arrive(waiting[0], True)
                         older = arrive(waiting[1], attending), *waiting[2:]
 
@@ -218,12 +240,19 @@ def layer_of_one(
 
                         here = slots.at[slot, half_of(part * height // 2)]
                         plgpu.copy_gmem_to_smem(ref, here, full.at[2 * slot + part])
+                        if quantized:
+                            here = scales_at(slot, part)
+                            plgpu.copy_gmem_to_smem(scale, here, full.at[2 * slot + part])
                         waiting = *older, 2 * slot + part
                     return waiting
 
+        def load_stored(ref, layout):
+            """What programs exchange, or were given: as it is stored, so that nothing waits for it yet."""
+            return plgpu.load(ref, layout=layout, optimized=False)
+
         def load(ref, layout):
-            """What programs exchange, or were given."""
-            return plgpu.load(ref, layout=layout, optimized=False).astype(f32)
+            """The same in float32."""
+            return load_stored(ref, layout).astype(f32)
 
         def meet(number, meanwhile=lambda: None):
             """Waits until all programs have come here, the `number`th time, and does `meanwhile`."""
@@ -249,86 +278,118 @@ def layer_of_one(
 
             return found
 
-        def over_parts(reduce: Callable, y):
-            """A number of each part, reduced once more: the warps have different parts."""
-            numbers.at[warpgroup][...] = y
-            return reduce(load(numbers.at[warpgroup], FLAT.reduce(1)))
+        def over_parts(*reductions: tuple[Callable, Array]):
+            """What is to be reduced, in each part and once more: the warps have different parts."""
+            for i, (reduce, y) in enumerate(reductions):
+                numbers.at[warpgroup, i][...] = reduce(y, axis=1)
+            return [
+                reduce(load(numbers.at[warpgroup, i], FLAT.reduce(1)))
+                for i, (reduce, _) in enumerate(reductions)
+            ]
 
-        def normalized(y, scale):
-            """RMSNorm of a vector."""
-            square = over_parts(jnp.sum, jnp.sum(y * y, axis=1))
-            return y * lax.rsqrt(square / y.size + eps) * (1.0 + scale)
+        def keep_normalized(y, scale):
+            """RMSNorm of a vector, which is kept. Returns it, and what `keep` does."""
+            y = y.astype(f32)
+            reductions, scaled = [(jnp.sum, y * y)], y * (1.0 + scale.astype(f32))
+            if quantized:
+                reductions.append((jnp.max, jnp.abs(scaled)))
+            square, *top = over_parts(*reductions)
+            factor = lax.rsqrt(square / y.size + eps)
+            y = scaled * factor
+            return y, keep([y], *(factor * number for number in top))
 
         def mixed():
             """Attention and memory: a part is a head."""
             attended = load(out["joined"], SHARED)
             if lookup is None:
                 return attended
-            q, found = load(out["qkv"].at[pl.ds(0, heads)], SHARED), load(out["read"], SHARED)
+            q = load_stored(out["qkv"].at[pl.ds(0, heads)], SHARED)
+            found = load(out["read"], SHARED)
             gate, total, shape = load(given["gate"], SHARED.reduce(1)), None, (heads, dim)
             if lookup.total is not None:
                 total = spread(load(given["total"], SHARED.reduce(0)), SHARED, shape, 1)
             along = functools.partial(spread, layout=SHARED, shape=shape, axis=0)
-            return lookup.mix(q, found, attended, gate, total, along)
+            return lookup.mix(q.astype(f32), found, attended, gate, total, along)
 
-        def before_feeding_forward():
-            scale = load(given["pre_mlp_scale"], SHARED)
-            return normalized(load(out["middle"], SHARED), scale)
+        def parts_of_hidden(step):
+            """This warpgroup's chunks of the hidden vector, every other one, of a step."""
+            chunks = [2 * (step * at_once + i) + warpgroup for i in range(at_once)]
+            parts = [out["hidden"].at[pl.ds(chunk * PARTS, PARTS)] for chunk in chunks]
+            return [load_stored(part, SHARED) for part in parts]
 
-        def part_of_hidden(chunk):
-            """Of the hidden vector; as it is stored, so that no loading is waited for."""
-            part = out["hidden"].at[pl.ds(chunk * PARTS, PARTS)]
-            return plgpu.load(part, layout=SHARED, optimized=False)
+        def keep(ys: list, top=None):
+            """Puts chunks of a vector where all warps can get them: as they are, or as bytes, for int8.
 
-        def keep(y):
-            """Puts a vector where all warps can get it: as it is, or in bytes for int8 weights.
-
-            Then as numbers in fixed point, of which it returns the unit.
+            Bytes are numbers in fixed point, of which it returns the unit; `top` is their largest, if that
+            is known.
             """
-            y = y.astype(f32)
+            ys = [y.astype(f32) for y in ys]
             if not quantized:
-                vector.at[warpgroup][...] = y
+                vector.at[warpgroup][...] = ys[0]
                 return jnp.float32(1)
-            top = over_parts(jnp.max, jnp.max(jnp.abs(y), axis=1))
-            unit, *parts = fixed_point(y, top)
-            for i, part in enumerate(parts):
-                vector.at[warpgroup, i][...] = part
+            if top is None:
+                largest = functools.reduce(jnp.maximum, [jnp.abs(y) for y in ys])
+                (top,) = over_parts((jnp.max, largest))
+            for i, y in enumerate(ys):
+                unit, *parts = fixed_point(y, top)
+                for byte, part in enumerate(parts):
+                    vector.at[warpgroup, byte, pl.ds(i * PARTS, PARTS)][...] = part
             return unit
 
-        def multiplied(rows, unit):
-            """Sums of a tile's rows with the vector that is kept, apart for each thread."""
+        def multiplied(rows, unit, chunk=0):
+            """Sums of a tile's rows with a chunk of what is kept, apart for each thread."""
             if quantized:
+                some = pl.ds(chunk * PARTS, PARTS)
                 parts = (
-                    plgpu.load(vector.at[warpgroup, i], layout=FLAT, optimized=False)
+                    plgpu.load(vector.at[warpgroup, i, some], layout=FLAT, optimized=False)
                     for i in range(2)
                 )
                 return fixed_product(rows, unit, *parts)
             y = lax.broadcast_in_dim(load(vector.at[warpgroup], FLAT), tile_shape, (1, 2))
             return jnp.sum(rows.astype(f32) * plgpu.layout_cast(y, TILE), axis=1)
 
-        def take(use, wanted, otherwise):
-            """This warpgroup's next tile, into registers: the slot is free for another at once."""
+        def slot_of(use):
+            return warpgroup * stages + lax.rem(use, jnp.int32(stages))
+
+        def leave(use, wanted):
+            """Makes room for another tile in the place of one that was taken."""
+
+            @pl.when(wanted)
+            def gone():
+                plgpu.barrier_arrive(empty.at[slot_of(use)])
+
+        def take(use, wanted, otherwise, leaves=True):
+            """This warpgroup's next tile, into registers: `leaves` says that another may come at once."""
 
             def some():
-                slot = warpgroup * stages + lax.rem(use, jnp.int32(stages))
+                slot = slot_of(use)
                 for part in range(2):
                     plgpu.barrier_wait(full.at[2 * slot + part])
-                rows = plgpu.load(slots.at[slot], layout=TILE)
-                plgpu.barrier_arrive(empty.at[slot])
-                return rows
+                rows, scale = plgpu.load(slots.at[slot], layout=TILE), None
+                if quantized:
+                    scale = [load_stored(scales_at(slot, i), SUMS.reduce(1)) for i in range(2)]
+                if leaves:
+                    plgpu.barrier_arrive(empty.at[slot])
+                return Tile(rows, scale)
 
             return lax.cond(wanted, some, lambda: otherwise)
+
+        def nothing():
+            """What is in the place of a tile while there is none."""
+            rows = jnp.zeros(tile_shape, layer.qkv.values.dtype)
+            scale = plgpu.layout_cast(jnp.zeros((height // 2,), f32), SUMS.reduce(1))
+            return Tile(plgpu.layout_cast(rows, TILE), [scale] * 2 if quantized else None)
 
         def of_mine(of_both: list):
             """What belongs to this warpgroup."""
             return jnp.where(warpgroup == 1, of_both[1], of_both[0])
 
-        def product(at: int, unit, held, extras):
+        def product(at: int, unit, held, residual=()):
             """The product of a matrix with the vector that is kept.
 
             Args:
                 held: this warpgroup's next tile.
-                extras: what it needs beside.
+                residual: what is added to its products.
 
             Returns:
                 The next tile still, if the product has none for this warpgroup; else one that is spent.
@@ -336,60 +397,66 @@ def layer_of_one(
             begin, mine = of_mine(before(at)), of_mine(turns(at))
 
             def tile(i, carry):
-                held, extras = carry
-                sums = jnp.sum(multiplied(held, unit), axis=1)
-                finish_tile(at, 2 * i + warpgroup, sums, extras)
+                held, residual = carry
+                sums = jnp.sum(multiplied(held.rows, unit), axis=1)
+                finish_tile(at, 2 * i + warpgroup, sums, held.scale, residual)
                 if at == 2:
                     tell_of_hidden(i + 1, mine)
-                extras = extras_of(at, 2 * i + 2 + warpgroup)
-                return take(begin + i + 1, i + 1 < mine, held), extras
+                residual = residual_of(at, 2 * i + 2 + warpgroup)
+                return take(begin + i + 1, i + 1 < mine, held), residual
 
-            held, _ = lax.fori_loop(0, mine, tile, (held, extras))
+            held, _ = lax.fori_loop(0, mine, tile, (held, residual))
             return held
 
-        def next_after(at: int, held):
-            """The tile to hold after a product, which is taken while programs wait for each other."""
+        def next_after(at: int):
+            """Which tile to take after a product, and whether: if there is one, and that held is spent."""
             use, end = of_mine(before(at + 1)), of_mine(before(len(matrices)))
-            return take(use, (of_mine(turns(at)) > 0) & (use < end), held)
+            return use, (of_mine(turns(at)) > 0) & (use < end)
 
         def product_with_hidden(held):
             """The product with the hidden vector, part by part, as the parts are made.
 
             Each of the two warpgroups multiplies every other chunk of a tile's columns.
             """
-            at, number = 3, deep // 2
+            at, number = 3, deep // 2 // at_once
             begin, mine = of_mine(before(at)), of_mine(turns(at))
 
             def tile(i, held):
-                extras = extras_of(at, i)
+                residual, scale = residual_of(at, i), held.scale
 
                 def made(step):
                     """Waits for the parts of the vector that this and later steps need."""
                     if programs == 1:
                         return
-                    chunk = 2 * step + warpgroup
+                    chunk = 2 * ((step + 1) * at_once - 1) + warpgroup  # the last of the step
                     for part, first in enumerate((0, early)):
 
-                        @pl.when((i == 0) & (chunk >= first) & (chunk - 2 < first))
+                        @pl.when((i == 0) & (chunk >= first) & (chunk - 2 * at_once < first))
                         def wait(part=part):
                             wait_for_signals(given["signals"].at[HIDDEN + part], 2 * programs)
 
                 made(0)
 
-                def chunk(step, carry):
+                def some(step, carry):
                     total, hidden, held = carry
                     unit = keep(hidden)
                     after = jnp.minimum(step + 1, number - 1)
                     made(after)
-                    hidden = part_of_hidden(2 * after + warpgroup)
-                    total += multiplied(held, unit)
-                    done = i * number + step + 1
-                    return total, hidden, take(begin + done, done < mine, held)
+                    hidden = parts_of_hidden(after)
+
+                    def chunk(k, carry):
+                        total, held = carry
+                        total += multiplied(held.rows, unit, k)
+                        done = (i * number + step) * at_once + k + 1
+                        return total, take(begin + done, done < mine, held)
+
+                    total, held = lax.fori_loop(0, at_once, chunk, (total, held))
+                    return total, hidden, held
 
                 zeros = jnp.zeros((height, 32 if quantized else COLUMNS), f32)
                 zeros = plgpu.layout_cast(zeros, SUMS if quantized else TILE.reduce(1))
-                carry = zeros, part_of_hidden(warpgroup), held
-                total, _, held = lax.fori_loop(0, number, chunk, carry)
+                carry = zeros, parts_of_hidden(0), held
+                total, _, held = lax.fori_loop(0, number, some, carry)
                 total = jnp.sum(total, axis=1)
                 other = handed.at[lax.rem(i, jnp.int32(2))]  # not what may still be read
 
@@ -402,7 +469,7 @@ def layer_of_one(
 
                 @pl.when(warpgroup == 0)
                 def finish():
-                    finish_tile(at, i, total + load(other, SUMS.reduce(1)), extras)
+                    finish_tile(at, i, total + load(other, SUMS.reduce(1)), scale, residual)
 
                 return held
 
@@ -414,7 +481,7 @@ def layer_of_one(
                 return
             # Of all programs, of this one, of this warpgroup.
             early_tiles = early * PARTS * COLUMNS // steps[2]
-            early_tiles = pl.cdiv(early_tiles - program, jnp.int32(programs))
+            early_tiles = pl.cdiv(early_tiles - turn[2], jnp.int32(programs))
             early_tiles = pl.cdiv(early_tiles - warpgroup, jnp.int32(2))
             for part, number in enumerate((early_tiles, mine)):
 
@@ -422,24 +489,20 @@ def layer_of_one(
                 def made(part=part):
                     signal(given["signals"].at[HIDDEN + part])
 
-        def extras_of(at: int, tile):
-            """What a tile needs beside its rows: their scales and residuals, those of both halves."""
-            end = matrices[at].values.shape[0] - height // 2
-            rows = [jnp.minimum(row, end) for row in rows_of(at, tile)]  # there may be no such tile
-            places = []
-            if quantized:
-                places.append([given["scales"][at].at[half_of(row)] for row in rows])
-            if at in (1, 3):
-                residual = given["x"] if at == 1 else out["middle"]
-                places.append([place(residual, row) for row in rows])
-            load_sums = functools.partial(plgpu.load, layout=SUMS.reduce(1), optimized=False)
-            return [[load_sums(ref) for ref in halves] for halves in places]
+        def residual_of(at: int, tile):
+            """What is added to the products of both halves of a tile."""
+            if at in (0, 2):
+                return ()
+            residual = given["x"] if at == 1 else out["middle"]
+            end = matrices[at].values.shape[0] - height // 2  # there may be no such tile
+            places = [place(residual, jnp.minimum(row, end)) for row in rows_of(at, tile)]
+            return tuple(load_stored(ref, SUMS.reduce(1)) for ref in places)
 
-        def finish_tile(at: int, tile, sums, extras):
+        def finish_tile(at: int, tile, sums, scale, residual):
             """Does what follows a product."""
             rows, sums = rows_of(at, tile), [sums[: height // 2], sums[height // 2 :]]
             if quantized:
-                sums = [a * b for a, b in zip(sums, extras[0], strict=True)]
+                sums = [a * b for a, b in zip(sums, scale, strict=True)]
             if at == 2:
                 gate, up = sums
                 inner = gate * (0.7978845608028654 + 0.035677408136300125 * (gate * gate))
@@ -448,8 +511,8 @@ def layer_of_one(
                 return
             ref = {0: out["qkv"], 1: out["middle"], 3: out["y"]}[at]
             for i, (row, found) in enumerate(zip(rows, sums, strict=True)):
-                if at > 0:
-                    found += extras[-1][i].astype(f32)
+                if residual:
+                    found += residual[i].astype(f32)
                 place(ref, row)[...] = found.astype(dtype)
 
         def place(ref, row):
@@ -563,7 +626,7 @@ def layer_of_one(
         def open_gate():
             """The token's write gate."""
             products = load(out["normed"], SHARED) * load(given["write_kernel"], SHARED)
-            logit = over_parts(jnp.sum, jnp.sum(products, axis=1))
+            (logit,) = over_parts((jnp.sum, products))
             opened = write[0].opened(logit + given["write_bias"][0])
             given["write"][given["seen"][1]] = opened * given["seen"][3].astype(f32)
 
@@ -619,17 +682,15 @@ def layer_of_one(
         def compute():
             plgpu.set_max_registers(232, action="increase")
 
-            scale = load(given["pre_attention_scale"], SHARED)
-            y = normalized(load(given["x"], SHARED), scale)
-            unit, beside = keep(y), extras_of(0, warpgroup)
-            nothing = plgpu.layout_cast(jnp.zeros(tile_shape, layer.qkv.values.dtype), TILE)
-            held = product(0, unit, take(jnp.int32(0), True, nothing), beside)
+            scale = load_stored(given["pre_attention_scale"], SHARED)
+            y, unit = keep_normalized(load_stored(given["x"], SHARED), scale)
+            held = product(0, unit, take(jnp.int32(0), of_mine(turns(0)) > 0, nothing()))
 
-            @pl.when((program == 0) & (warpgroup == 0))
+            @pl.when((program == programs - 1) & (warpgroup == 0))
             def save_normed():
                 out["normed"][...] = y.astype(dtype)
 
-            there, held = meet(1, meanwhile=lambda: (what_is_there(program), next_after(0, held)))
+            there = meet(1, meanwhile=lambda: what_is_there(program))
 
             @pl.when(program < SHARES)
             def first_share():
@@ -641,16 +702,26 @@ def layer_of_one(
             if write is not None:
                 pl.when((program == programs - 1) & (warpgroup == 1))(open_gate)
 
-            there = meet(2, meanwhile=sink_there)
+            first = of_mine(before(1))  # of those after the first product
+            there, held = meet(2, meanwhile=lambda: (sink_there(), take(first, True, held)))
             each(heads * dim // PIECE, lambda i: join(i, there))
 
-            beside = meet(3, meanwhile=lambda: extras_of(1, warpgroup))
-            held = product(1, keep(mixed()), held, beside)
-            beside, held = meet(4, meanwhile=lambda: (extras_of(2, warpgroup), next_after(1, held)))
-            held = product(2, keep(before_feeding_forward()), held, beside)
+            residual, scale = meet(
+                3,
+                meanwhile=lambda: (
+                    residual_of(1, warpgroup),
+                    load_stored(given["pre_mlp_scale"], SHARED),
+                ),
+            )
+            held = product(1, keep([mixed()]), held, residual)
+            use, wanted = next_after(1)
+            held = meet(4, meanwhile=lambda: take(use, wanted, held, leaves=False))
+            _, unit = keep_normalized(load_stored(out["middle"], SHARED), scale)
+            leave(use, wanted)
+            held = product(2, unit, held)
             if programs == 1:
                 meet(5)
-            product_with_hidden(next_after(2, held))
+            product_with_hidden(take(*next_after(2), held))
             if programs > 1:
                 forget_signals(given["signals"], 2 * programs)
 
@@ -684,16 +755,17 @@ def layer_of_one(
         pl.run_scoped(
             lambda *scratch: kernel(given, out, *scratch),
             plgpu.SMEM((2 * stages, *tile_shape), layer.qkv.values.dtype),
+            plgpu.SMEM((2 * stages, 2, LINE), f32),
             plgpu.SMEM((2, own, share), f32),
             plgpu.SMEM((2, own, share), f32),
-            plgpu.Barrier(num_arrivals=1, num_barriers=4 * stages),
+            plgpu.Barrier(num_arrivals=2 if quantized else 1, num_barriers=4 * stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=2 * stages),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=1),
-            plgpu.SMEM((2, PARTS), f32),
+            plgpu.SMEM((2, 2, PARTS), f32),
             plgpu.SMEM((2, height), f32),
             plgpu.SMEM((2, 2, own, half), f32),
-            plgpu.SMEM((2, 2, PARTS, COLUMNS), jnp.int8)
+            plgpu.SMEM((2, 2, at_once * PARTS, COLUMNS), jnp.int8)
             if quantized
             else plgpu.SMEM((2, PARTS, COLUMNS), f32),
             collective_axes="warpgroup",
