@@ -3,12 +3,12 @@
 Decoding is as fast as weights can be read, if nothing else takes time. One kernel with a program on
 each multiprocessor therefore does all of a layer: a warpgroup streams the rows of the four matrices
 that its program multiplies into shared memory, one matrix after the other, and never waits for a
-result; two warpgroups multiply and attend, and all programs meet between the steps of the layer. While
-they wait for each other, the next tiles are taken into registers, which makes room for more on its way.
-Whatever else a multiprocessor asks for waits behind what is streamed to it, so only as much of that is
-on its way as the memory's bandwidth needs, and a little less while programs exchange vectors. A warp that
-waits for one load may wait for its others with it: scales therefore come with their tiles, and nothing
-that is slow to come is asked for beside a product. Mosaic GPU (Pallas).
+result; two warpgroups multiply and attend (`split_attention`), and all programs meet between the steps
+of the layer. While they wait for each other, the next tiles are taken into registers, which makes room
+for more on its way. Whatever else a multiprocessor asks for waits behind what is streamed to it, so
+only as much of that is on its way as the memory's bandwidth needs, and a little less while programs
+exchange vectors. A warp that waits for one load may wait for its others with it: scales therefore come
+with their tiles, and nothing that is slow to come is asked for beside a product. Mosaic GPU (Pallas).
 """
 
 import functools
@@ -23,26 +23,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from gemma_jax.model.kernels.decode import NOTHING
 from gemma_jax.model.kernels.lookup import Lookup
 from gemma_jax.model.kernels.registers import (
     COLUMNS,
     FLAT,
-    HALF,
-    HALVES,
     PARTS,
     PIECE,
-    PIECES,
     SHARED,
     SUMS,
     TILE,
-    columns_among_threads,
     fixed_point,
     fixed_product,
+    load,
+    load_stored,
     spread,
-    tiled,
 )
 from gemma_jax.model.kernels.signals import APART, forget_signals, signal, wait_for_signals
+from gemma_jax.model.kernels.split_attention import SplitAttention
 from gemma_jax.model.rule import WriteGate
 
 ROWS, ROWS_INT8 = 8, 16  # of a tile, shared out to the four warps
@@ -123,10 +120,8 @@ def layer_of_one(
         scale: of the scores.
     """
     programs = programs or jax.local_devices()[0].core_count
-    (length, dim), half, f32, dtype = keys.shape, keys.shape[1] // 2, jnp.float32, x.dtype
+    (length, dim), f32, dtype = keys.shape, jnp.float32, x.dtype
     heads = layer.out.values.shape[1] * COLUMNS // dim
-    own = heads // 2  # heads of a warpgroup
-    share, depth = length // SHARES, dim // SHARES  # keys and rows of memory at a time
     quantized = layer.qkv.scale is not None
     height = ROWS_INT8 if quantized else ROWS
     matrices = [layer.qkv, layer.out, layer.gate_up, layer.down]
@@ -140,9 +135,6 @@ def layer_of_one(
     tile_shape = (height, PARTS, COLUMNS)
     tile_bytes = height * PARTS * COLUMNS * layer.qkv.values.dtype.itemsize
     stages = BYTES // tile_bytes // 2  # of each of the two warpgroups that multiply
-    whole = columns_among_threads(share, dim)
-    # [heads, keys]: the same in each warp.
-    by_head = tiled((32 // share, share), (1,), warps=4, lanes=(-3, -2))
 
     def in_parts(size: int) -> tuple[int, int]:
         return size // COLUMNS, COLUMNS
@@ -161,11 +153,11 @@ def layer_of_one(
         "found": ((SHARES, heads, dim), f32),
     }
 
-    def kernel(
-        given, out, slots, scales, scores, weights, full, empty, both, met, numbers, handed, queries,
-        vector
-    ):  # fmt: skip
+    def kernel(given, out, slots, scales, full, empty, both, met, numbers, handed, vector, shared):
         program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+        attention = SplitAttention(
+            given, out, *shared, warpgroup, lookup, scale=scale, shares=SHARES
+        )
         # Programs have tiles in turn: of [gate | up] the last one first, as the first has more of others.
         turn = [program, program, programs - 1 - program, program]
         counts = [pl.cdiv(n - i, jnp.int32(programs)) for n, i in zip(tiles, turn, strict=True)]
@@ -245,14 +237,6 @@ def layer_of_one(
                             plgpu.copy_gmem_to_smem(scale, here, full.at[2 * slot + part])
                         waiting = *older, 2 * slot + part
                     return waiting
-
-        def load_stored(ref, layout):
-            """What programs exchange, or were given: as it is stored, so that nothing waits for it yet."""
-            return plgpu.load(ref, layout=layout, optimized=False)
-
-        def load(ref, layout):
-            """The same in float32."""
-            return load_stored(ref, layout).astype(f32)
 
         def meet(number, meanwhile=lambda: None):
             """Waits until all programs have come here, the `number`th time, and does `meanwhile`."""
@@ -520,156 +504,12 @@ def layer_of_one(
                 lax.div(row, jnp.int32(COLUMNS)), half_of(lax.rem(row, jnp.int32(COLUMNS)))
             ]
 
-        ends = [pl.ds(0, half), pl.ds(half, half)]  # what rotation turns into each other
-
-        def turned(head, table, layout):
-            """Halves of the query of a head, or of some, rotated."""
-            halves = [load(out["qkv"].at[head, end], layout) for end in ends]
-            if halves[0].ndim == 2:
-                table = [spread(row, HALVES, halves[0].shape, 1) for row in table]
-            return rotated(*halves, *table)
-
-        def rotated(left, right, cosine, sine):
-            return left * cosine - right * sine, right * cosine + left * sine
-
-        def table(position):
-            """Cosines and sines of a position."""
-            return [load(given[name].at[position], HALF) for name in ("cosine", "sine")]
-
-        def what_is_there(number):
-            """What attention and memory need for a share, of what is not made in this kernel."""
-            number = jnp.minimum(number, SHARES - 1)
-            first, last = (given["seen"][i] for i in range(2))
-            some, back = pl.ds(number * share, share), jnp.maximum(last - number * share, 0)
-            key = [
-                plgpu.load(given["keys"].at[some, end], layout=HALVES, optimized=False)
-                for end in ends
-            ]
-            value = plgpu.load(given["values"].at[some], layout=whole, optimized=False)
-            near = [load(given[name].at[pl.ds(0, share)], HALVES) for name in ("cosine", "sine")]
-            tables = table(back), table(jnp.minimum(back, share - 1))
-            memory = []
-            if lookup is not None:
-                rows = [given["memory"].at[number * depth + i] for i in range(depth)]
-                memory = [load(row, whole.reduce(0)) for row in rows]
-            return first, last, key, near, value, tables, memory
-
-        def attend(number, there):
-            """A share of the keys and of the rows of memory, for the heads of this warpgroup."""
-            first, last, key, near, value, (query_table, key_table), memory = there
-            key = [y.astype(dtype) for y in rotated(*(y.astype(f32) for y in key), *near)]
-            read = []
-            if lookup is not None:
-                for h in range(own):
-                    row = number * depth
-                    q = [out["qkv"][warpgroup * own + h, row + i] for i in range(depth)]
-                    q = [lookup.features(y.astype(f32)) for y in q]
-                    read.append(sum(a * b for a, b in zip(q, memory, strict=True)))
-            start, shape = number * share, (share, half)
-            place = start + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=HALVES)
-            new = (load(out["qkv"].at[heads, end], HALF) for end in ends)
-            key = [
-                jnp.where(place == last, spread(a, HALVES, shape, 1), b.astype(f32))
-                for a, b in zip(rotated(*new, *key_table), key, strict=True)
-            ]
-            mine = pl.ds(warpgroup * own, own)
-            for i, part in enumerate(turned(mine, query_table, HALVES)):
-                queries.at[warpgroup, i][...] = part
-
-            @pl.loop(0, own)
-            def one(h):
-                query = (load(queries.at[warpgroup, i, h], HALF) for i in range(2))
-                both = (a * spread(b, HALVES, shape, 1) for a, b in zip(key, query, strict=True))
-                scores.at[warpgroup, h][...] = jnp.sum(sum(both), axis=1) * scale
-
-            score, shape = load(scores.at[warpgroup], by_head), (own, share)
-            place = start + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=by_head)
-            score = jnp.where((place >= first) & (place <= last), score, NOTHING)
-            best = jnp.max(score, axis=1)
-            weight = jnp.exp(score - spread(best, by_head, shape, 0))
-            weight = jnp.where(score > NOTHING, weight, 0.0)
-            weights.at[warpgroup][...] = weight
-            shape = (share, dim)
-            place = start + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=whole)
-            new = spread(load(out["qkv"].at[heads + 1], whole.reduce(0)), whole, shape, 1)
-            value = jnp.where(place == last, new, value.astype(f32))
-            out["best"].at[mine, number][...] = best
-            out["total"].at[mine, number][...] = jnp.sum(weight, axis=1)
-
-            @pl.loop(0, own)
-            def other(h):
-                found = weighted(weights.at[warpgroup, h], value, whole)
-                out["attended"].at[number, warpgroup * own + h][...] = found
-
-            @pl.when((warpgroup == 0) & (number == lax.div(last, jnp.int32(share))))
-            def keep_token():
-                kept = given["seen"][3] > 0
-                for i, name in enumerate(("keys", "values")):
-                    place, layout = given[name].at[last], whole.reduce(0)
-
-                    @pl.when(kept)
-                    def new(place=place, source=out["qkv"].at[heads + i], layout=layout):
-                        place[...] = plgpu.load(source, layout=layout, optimized=False)
-
-                    @pl.when(~kept)
-                    def nothing(place=place, layout=layout):
-                        place[...] = plgpu.layout_cast(jnp.zeros((dim,), dtype), layout)
-
-            for h, found in enumerate(read):
-                out["found"].at[number, warpgroup * own + h][...] = found
-
-        def weighted(weights_ref, rows, layout):
-            """The sum of rows, each with its weight."""
-            weight = load(weights_ref, layout.reduce(1))
-            return jnp.sum(spread(weight, layout, rows.shape, 0) * rows, axis=0)
-
         def open_gate():
             """The token's write gate."""
             products = load(out["normed"], SHARED) * load(given["write_kernel"], SHARED)
             (logit,) = over_parts((jnp.sum, products))
             opened = write[0].opened(logit + given["write_bias"][0])
             given["write"][given["seen"][1]] = opened * given["seen"][3].astype(f32)
-
-        def sink_there():
-            """What the join needs for the sink, likewise."""
-            last, sees_sink = given["seen"][1], given["seen"][2]
-            key = [
-                plgpu.load(given["sink_key"].at[end], layout=HALF, optimized=False) for end in ends
-            ]
-            return sees_sink, table(last + 1), key
-
-        def join(number, there):
-            """Some columns of a head: one warpgroup joins its softmax, one what memory gave."""
-            head, columns = (
-                lax.div(number, jnp.int32(dim // PIECE)),
-                lax.rem(number, jnp.int32(dim // PIECE)),
-            )
-            columns = pl.ds(columns * PIECE, PIECE)
-            rows = pl.ds(0, SHARES)
-
-            @pl.when(warpgroup == 0)
-            def softmax():
-                part = load(out["attended"].at[rows, head, columns], PIECES)
-                best, total = (
-                    load(out[name].at[head], PIECES.reduce(1)) for name in ("best", "total")
-                )
-                sees_sink, sink_table, key = there
-                value = load(given["sink_value"].at[columns], PIECES.reduce(0))
-                query = turned(head, sink_table, HALF)
-                score = sum(x * y.astype(f32) for x, y in zip(query, key, strict=True))
-                score = jnp.where(sees_sink > 0, jnp.sum(score) * scale, NOTHING)
-                top = jnp.maximum(jnp.max(best), score)
-                weight, sink = jnp.exp(best - top), jnp.exp(score - top)
-                total = jnp.sum(weight * total) + sink
-                found = jnp.sum(spread(weight, PIECES, part.shape, 0) * part, axis=0)
-                out["joined"].at[head, columns][...] = (found + sink * value) / total
-
-            if lookup is not None:
-
-                @pl.when(warpgroup == 1)
-                def memory():
-                    part = load(out["found"].at[rows, head, columns], PIECES)
-                    out["read"].at[head, columns][...] = jnp.sum(part, axis=0)
 
         def each(number: int, work: Callable, first=program):
             """Does what falls to this program of so many pieces of work."""
@@ -690,21 +530,26 @@ def layer_of_one(
             def save_normed():
                 out["normed"][...] = y.astype(dtype)
 
-            there = meet(1, meanwhile=lambda: what_is_there(program))
+            ahead = meet(1, meanwhile=lambda: attention.ahead(program))
 
             @pl.when(program < SHARES)
             def first_share():
-                attend(program, there)
+                attention.attend(program, ahead)
+
+            def further_share(i):
+                attention.attend(i, attention.ahead(i))
 
             if programs < SHARES:
-                each(SHARES, lambda i: attend(i, what_is_there(i)), first=program + programs)
+                each(SHARES, further_share, first=program + programs)
 
             if write is not None:
                 pl.when((program == programs - 1) & (warpgroup == 1))(open_gate)
 
             first = of_mine(before(1))  # of those after the first product
-            there, held = meet(2, meanwhile=lambda: (sink_there(), take(first, True, held)))
-            each(heads * dim // PIECE, lambda i: join(i, there))
+            ahead, held = meet(
+                2, meanwhile=lambda: (attention.sink_ahead(), take(first, True, held))
+            )
+            each(heads * dim // PIECE, lambda i: attention.join(i, ahead))
 
             residual, scale = meet(
                 3,
@@ -756,18 +601,16 @@ def layer_of_one(
             lambda *scratch: kernel(given, out, *scratch),
             plgpu.SMEM((2 * stages, *tile_shape), layer.qkv.values.dtype),
             plgpu.SMEM((2 * stages, 2, LINE), f32),
-            plgpu.SMEM((2, own, share), f32),
-            plgpu.SMEM((2, own, share), f32),
             plgpu.Barrier(num_arrivals=2 if quantized else 1, num_barriers=4 * stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=2 * stages),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=1),
             plgpu.SMEM((2, 2, PARTS), f32),
             plgpu.SMEM((2, height), f32),
-            plgpu.SMEM((2, 2, own, half), f32),
             plgpu.SMEM((2, 2, at_once * PARTS, COLUMNS), jnp.int8)
             if quantized
             else plgpu.SMEM((2, PARTS, COLUMNS), f32),
+            SplitAttention.shared_memory(heads, dim, length // SHARES),
             collective_axes="warpgroup",
         )
 

@@ -1,4 +1,4 @@
-"""How arrays lie in the registers of a warpgroup, for `layer`; and a product of bytes.
+"""How arrays lie in the registers of a warpgroup, for `layer`, and get there; and a product of bytes.
 
 Mosaic GPU (Pallas).
 """
@@ -102,6 +102,16 @@ def integer_product(rows: Array, high: Array, low: Array) -> list[Array]:
         return found
 
     return multiply(rows, high, low)
+
+
+def load_stored(ref: Any, layout: Any) -> Array:
+    """What is in the GPU's memory or in shared memory: as it is stored, so that nothing waits for it yet."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def load(ref: Any, layout: Any) -> Array:
+    """The same in float32."""
+    return load_stored(ref, layout).astype(jnp.float32)
 
 
 def spread(x: Array, layout: Any, shape: tuple[int, ...], axis: int) -> Array:
