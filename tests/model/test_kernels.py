@@ -311,8 +311,9 @@ def test_which_layers_are_taken_whole():
 )
 def test_layer_of_one(rule, quantized, seen, monkeypatch):
     """One program does all that falls to the many of a GPU, on small shapes."""
-    heads, dim, window, mlp_dim = 2, 256, 128, 2048
-    width = heads * dim
+    heads, dim, window = 2, 256, 128
+    # Chunks of the hidden vector in two steps of each warpgroup, also where two become bytes at once.
+    width, mlp_dim = heads * dim, 4096 if quantized else 2048
     for name, value in (("SHARES", 16), ("PARTS", heads)):
         monkeypatch.setattr(layer_kernel, name, value)
     monkeypatch.setattr(registers, "integer_product", integer_product)

@@ -7,8 +7,9 @@ result; two warpgroups multiply and attend (`split_attention`), and all programs
 of the layer. While they wait for each other, the next tiles are taken into registers, which makes room
 for more on its way. Whatever else a multiprocessor asks for waits behind what is streamed to it, so
 only as much of that is on its way as the memory's bandwidth needs, and a little less while programs
-exchange vectors. A warp that waits for one load may wait for its others with it: scales therefore come
-with their tiles, and nothing that is slow to come is asked for beside a product. Mosaic GPU (Pallas).
+exchange vectors. A warp that waits for one load may wait for its others with it: so beside products
+nothing is loaded from the GPU's own memory but tiles, with which their scales come. Mosaic GPU
+(Pallas).
 """
 
 import functools
@@ -29,6 +30,7 @@ from gemma_jax.model.kernels.registers import (
     FLAT,
     PARTS,
     PIECE,
+    ROW_SUMS,
     SHARED,
     SUMS,
     TILE,
@@ -44,11 +46,13 @@ from gemma_jax.model.rule import WriteGate
 
 ROWS, ROWS_INT8 = 8, 16  # of a tile, shared out to the four warps
 BYTES = 192 * 1024  # of shared memory for tiles
-IN_FLIGHT = 3  # half tiles on their way; one fewer until programs have attended
+IN_FLIGHT = 3  # half tiles on their way; one fewer until all places have had one of [gate | up]
 SHARES = 128  # of the window and of the rows of memory, each of a program
 AT_ONCE = 2  # chunks of the hidden vector that become bytes together
 LINE = 32  # numbers of 4 bytes in 128, by which places that are copied to lie apart
-HIDDEN = 5  # the first of two signals about the hidden vector; those before are of meetings
+# Signals: 0 of programs that leave, 1 to 4 of meetings, and two about the hidden vector.
+HIDDEN = 5
+QKV, OUT, GATE_UP, DOWN = range(4)  # the matrices
 
 
 class Matrix(NamedTuple):
@@ -218,11 +222,11 @@ def layer_of_one(
                     odd = lax.rem(i, jnp.int32(2))
                     use = jnp.where(odd == 1, begin[1], begin[0]) + lax.div(i, jnp.int32(2))
                     slot = odd * stages + lax.rem(use, jnp.int32(stages))
-                    attending = (at < 2) | ((at == 2) & (i < 2 * stages))
+                    exchanging = (at < GATE_UP) | ((at == GATE_UP) & (i < 2 * stages))
 
                     for part, (ref, scale) in enumerate(halves_of(at, i)):
                         arrive(waiting[0], True)
-                        older = arrive(waiting[1], attending), *waiting[2:]
+                        older = arrive(waiting[1], exchanging), *waiting[2:]
 
                         if part == 0:
 
@@ -280,7 +284,7 @@ def layer_of_one(
             square, *top = over_parts(*reductions)
             factor = lax.rsqrt(square / y.size + eps)
             y = scaled * factor
-            return y, keep([y], *(factor * number for number in top))
+            return y, keep([y], top=factor * top[0] if quantized else None)
 
         def mixed():
             """Attention and memory: a part is a head."""
@@ -309,7 +313,8 @@ def layer_of_one(
             """
             ys = [y.astype(f32) for y in ys]
             if not quantized:
-                vector.at[warpgroup][...] = ys[0]
+                (y,) = ys
+                vector.at[warpgroup][...] = y
                 return jnp.float32(1)
             if top is None:
                 largest = functools.reduce(jnp.maximum, [jnp.abs(y) for y in ys])
@@ -335,15 +340,15 @@ def layer_of_one(
         def slot_of(use):
             return warpgroup * stages + lax.rem(use, jnp.int32(stages))
 
-        def leave(use, wanted):
+        def release(use, wanted):
             """Makes room for another tile in the place of one that was taken."""
 
             @pl.when(wanted)
-            def gone():
+            def arrive():
                 plgpu.barrier_arrive(empty.at[slot_of(use)])
 
-        def take(use, wanted, otherwise, leaves=True):
-            """This warpgroup's next tile, into registers: `leaves` says that another may come at once."""
+        def take(use, wanted, otherwise, release_now=True):
+            """This warpgroup's next tile, into registers: another may come in its place, at once or later."""
 
             def some():
                 slot = slot_of(use)
@@ -351,8 +356,8 @@ def layer_of_one(
                     plgpu.barrier_wait(full.at[2 * slot + part])
                 rows, scale = plgpu.load(slots.at[slot], layout=TILE), None
                 if quantized:
-                    scale = [load_stored(scales_at(slot, i), SUMS.reduce(1)) for i in range(2)]
-                if leaves:
+                    scale = [load_stored(scales_at(slot, i), ROW_SUMS) for i in range(2)]
+                if release_now:
                     plgpu.barrier_arrive(empty.at[slot])
                 return Tile(rows, scale)
 
@@ -361,7 +366,7 @@ def layer_of_one(
         def nothing():
             """What is in the place of a tile while there is none."""
             rows = jnp.zeros(tile_shape, layer.qkv.values.dtype)
-            scale = plgpu.layout_cast(jnp.zeros((height // 2,), f32), SUMS.reduce(1))
+            scale = plgpu.layout_cast(jnp.zeros((height // 2,), f32), ROW_SUMS)
             return Tile(plgpu.layout_cast(rows, TILE), [scale] * 2 if quantized else None)
 
         def of_mine(of_both: list):
@@ -384,7 +389,7 @@ def layer_of_one(
                 held, residual = carry
                 sums = jnp.sum(multiplied(held.rows, unit), axis=1)
                 finish_tile(at, 2 * i + warpgroup, sums, held.scale, residual)
-                if at == 2:
+                if at == GATE_UP:
                     tell_of_hidden(i + 1, mine)
                 residual = residual_of(at, 2 * i + 2 + warpgroup)
                 return take(begin + i + 1, i + 1 < mine, held), residual
@@ -402,14 +407,14 @@ def layer_of_one(
 
             Each of the two warpgroups multiplies every other chunk of a tile's columns.
             """
-            at, number = 3, deep // 2 // at_once
+            at, rounds = DOWN, deep // 2 // at_once
             begin, mine = of_mine(before(at)), of_mine(turns(at))
 
             def tile(i, held):
                 residual, scale = residual_of(at, i), held.scale
 
                 def made(step):
-                    """Waits for the parts of the vector that this and later steps need."""
+                    """Waits for the parts of the vector that are needed from this step on."""
                     if programs == 1:
                         return
                     chunk = 2 * ((step + 1) * at_once - 1) + warpgroup  # the last of the step
@@ -424,23 +429,23 @@ def layer_of_one(
                 def some(step, carry):
                     total, hidden, held = carry
                     unit = keep(hidden)
-                    after = jnp.minimum(step + 1, number - 1)
+                    after = jnp.minimum(step + 1, rounds - 1)
                     made(after)
                     hidden = parts_of_hidden(after)
 
-                    def chunk(k, carry):
+                    def multiply_chunk(k, carry):
                         total, held = carry
                         total += multiplied(held.rows, unit, k)
-                        done = (i * number + step) * at_once + k + 1
+                        done = (i * rounds + step) * at_once + k + 1
                         return total, take(begin + done, done < mine, held)
 
-                    total, held = lax.fori_loop(0, at_once, chunk, (total, held))
+                    total, held = lax.fori_loop(0, at_once, multiply_chunk, (total, held))
                     return total, hidden, held
 
                 zeros = jnp.zeros((height, 32 if quantized else COLUMNS), f32)
                 zeros = plgpu.layout_cast(zeros, SUMS if quantized else TILE.reduce(1))
                 carry = zeros, parts_of_hidden(0), held
-                total, _, held = lax.fori_loop(0, number, some, carry)
+                total, _, held = lax.fori_loop(0, rounds, some, carry)
                 total = jnp.sum(total, axis=1)
                 other = handed.at[lax.rem(i, jnp.int32(2))]  # not what may still be read
 
@@ -453,7 +458,7 @@ def layer_of_one(
 
                 @pl.when(warpgroup == 0)
                 def finish():
-                    finish_tile(at, i, total + load(other, SUMS.reduce(1)), scale, residual)
+                    finish_tile(at, i, total + load(other, ROW_SUMS), scale, residual)
 
                 return held
 
@@ -464,8 +469,8 @@ def layer_of_one(
             if programs == 1:
                 return
             # Of all programs, of this one, of this warpgroup.
-            early_tiles = early * PARTS * COLUMNS // steps[2]
-            early_tiles = pl.cdiv(early_tiles - turn[2], jnp.int32(programs))
+            early_tiles = early * PARTS * COLUMNS // steps[GATE_UP]
+            early_tiles = pl.cdiv(early_tiles - turn[GATE_UP], jnp.int32(programs))
             early_tiles = pl.cdiv(early_tiles - warpgroup, jnp.int32(2))
             for part, number in enumerate((early_tiles, mine)):
 
@@ -475,25 +480,25 @@ def layer_of_one(
 
         def residual_of(at: int, tile):
             """What is added to the products of both halves of a tile."""
-            if at in (0, 2):
+            if at in (QKV, GATE_UP):
                 return ()
-            residual = given["x"] if at == 1 else out["middle"]
+            residual = given["x"] if at == OUT else out["middle"]
             end = matrices[at].values.shape[0] - height // 2  # there may be no such tile
             places = [place(residual, jnp.minimum(row, end)) for row in rows_of(at, tile)]
-            return tuple(load_stored(ref, SUMS.reduce(1)) for ref in places)
+            return tuple(load_stored(ref, ROW_SUMS) for ref in places)
 
         def finish_tile(at: int, tile, sums, scale, residual):
             """Does what follows a product."""
             rows, sums = rows_of(at, tile), [sums[: height // 2], sums[height // 2 :]]
             if quantized:
                 sums = [a * b for a, b in zip(sums, scale, strict=True)]
-            if at == 2:
+            if at == GATE_UP:
                 gate, up = sums
                 inner = gate * (0.7978845608028654 + 0.035677408136300125 * (gate * gate))
                 found = 0.5 * gate * up * (1.0 + jnp.tanh(inner))
                 place(out["hidden"], rows[0])[...] = found.astype(dtype)
                 return
-            ref = {0: out["qkv"], 1: out["middle"], 3: out["y"]}[at]
+            ref = {QKV: out["qkv"], OUT: out["middle"], DOWN: out["y"]}[at]
             for i, (row, found) in enumerate(zip(rows, sums, strict=True)):
                 if residual:
                     found += residual[i].astype(f32)
@@ -524,8 +529,9 @@ def layer_of_one(
 
             scale = load_stored(given["pre_attention_scale"], SHARED)
             y, unit = keep_normalized(load_stored(given["x"], SHARED), scale)
-            held = product(0, unit, take(jnp.int32(0), of_mine(turns(0)) > 0, nothing()))
+            held = product(QKV, unit, take(jnp.int32(0), of_mine(turns(QKV)) > 0, nothing()))
 
+            # The last program has the fewest tiles of [q | k | v].
             @pl.when((program == programs - 1) & (warpgroup == 0))
             def save_normed():
                 out["normed"][...] = y.astype(dtype)
@@ -545,7 +551,7 @@ def layer_of_one(
             if write is not None:
                 pl.when((program == programs - 1) & (warpgroup == 1))(open_gate)
 
-            first = of_mine(before(1))  # of those after the first product
+            first = of_mine(before(OUT))  # of those after the first product
             ahead, held = meet(
                 2, meanwhile=lambda: (attention.sink_ahead(), take(first, True, held))
             )
@@ -554,19 +560,20 @@ def layer_of_one(
             residual, scale = meet(
                 3,
                 meanwhile=lambda: (
-                    residual_of(1, warpgroup),
+                    residual_of(OUT, warpgroup),
                     load_stored(given["pre_mlp_scale"], SHARED),
                 ),
             )
-            held = product(1, keep([mixed()]), held, residual)
-            use, wanted = next_after(1)
-            held = meet(4, meanwhile=lambda: take(use, wanted, held, leaves=False))
+            held = product(OUT, keep([mixed()]), held, residual)
+            # The next tile's place stays taken, so that nothing streams in ahead of the vector.
+            use, wanted = next_after(OUT)
+            held = meet(4, meanwhile=lambda: take(use, wanted, held, release_now=False))
             _, unit = keep_normalized(load_stored(out["middle"], SHARED), scale)
-            leave(use, wanted)
-            held = product(2, unit, held)
-            if programs == 1:
-                meet(5)
-            product_with_hidden(take(*next_after(2), held))
+            release(use, wanted)
+            held = product(GATE_UP, unit, held)
+            if programs == 1:  # both warpgroups, as there is no signal
+                meet(HIDDEN)
+            product_with_hidden(take(*next_after(GATE_UP), held))
             if programs > 1:
                 forget_signals(given["signals"], 2 * programs)
 
@@ -600,7 +607,7 @@ def layer_of_one(
         pl.run_scoped(
             lambda *scratch: kernel(given, out, *scratch),
             plgpu.SMEM((2 * stages, *tile_shape), layer.qkv.values.dtype),
-            plgpu.SMEM((2 * stages, 2, LINE), f32),
+            plgpu.SMEM((2 * stages, 2, LINE), f32) if quantized else None,
             plgpu.Barrier(num_arrivals=2 if quantized else 1, num_barriers=4 * stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=2 * stages),
             plgpu.Barrier(num_arrivals=2),

@@ -19,7 +19,7 @@ from gemma_jax.model.kernels.registers import (
     COLUMNS,
     FLAT,
     PARTS,
-    SUMS,
+    ROW_SUMS,
     TILE,
     fixed_point,
     fixed_product,
@@ -76,7 +76,7 @@ def product_of_one(
 
             def scales_of(i):
                 rows = rows_of(jnp.minimum(i, count - 1))
-                return plgpu.load(scale.at[rows], layout=SUMS.reduce(1), optimized=False)
+                return plgpu.load(scale.at[rows], layout=ROW_SUMS, optimized=False)
 
             def tile(j, scales):
                 i = 2 * j + warpgroup

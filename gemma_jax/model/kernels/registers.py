@@ -31,6 +31,7 @@ def tiled(*tiles: tuple[int, ...], warps: int, lanes: int | tuple[int, ...]) -> 
 # [rows, parts, columns]: rows among warps, columns among threads.
 TILE = tiled((4, PARTS, COLUMNS), (COLUMNS // 32,), warps=-4, lanes=-2)
 SUMS = tiled((4, 32), (1,), warps=-3, lanes=-2)  # [rows, threads]
+ROW_SUMS = SUMS.reduce(1)  # [rows], the same in each thread of a warp
 # [parts, columns], a vector: the same in each warp, or parts among warps.
 FLAT = TILE.reduce(0)
 SHARED = tiled((4, COLUMNS), (COLUMNS // 32,), warps=-3, lanes=-2)
@@ -50,8 +51,8 @@ def fixed_point(y: Array, top: Array) -> tuple[Array, Array, Array]:
     """A vector [N] in float32, the largest of which is `top`, as numbers of two bytes.
 
     Each is off by half a unit at most, 1/65,534 of the largest, so the vector by sqrt(N) / 65,534 of its
-    norm: 7e-4 for 2,048 numbers, where rounding to bfloat16 is off by up to 2e-3. Products with a vector
-    that is not finite are not finite.
+    norm: 7e-4 for 2,048 numbers, 1e-3 for 4,096, where rounding to bfloat16 is off by up to 2e-3. Products
+    with a vector that is not finite are not finite.
 
     Returns:
         Their unit, the high bytes, which have the sign, and the low ones.

@@ -32,7 +32,7 @@ f32 = jnp.float32
 
 @dataclasses.dataclass(frozen=True)
 class SplitAttention:
-    """What a warpgroup of a program does of it: half of the heads.
+    """What a warpgroup of a program does: half of the heads of a share, and half of joining some columns.
 
     Attributes:
         given, out: by name, what the kernel is given and what its programs exchange.
@@ -134,7 +134,7 @@ class SplitAttention:
             self.queries.at[warpgroup, i][...] = part
 
         @pl.loop(0, own)
-        def one(h):
+        def score_head(h):
             query = (load(self.queries.at[warpgroup, i, h], HALF) for i in range(2))
             both = (a * spread(b, HALVES, shape, 1) for a, b in zip(key, query, strict=True))
             self.scores.at[warpgroup, h][...] = jnp.sum(sum(both), axis=1) * self.scale
@@ -154,7 +154,7 @@ class SplitAttention:
         out["total"].at[mine, number][...] = jnp.sum(weight, axis=1)
 
         @pl.loop(0, own)
-        def other(h):
+        def sum_values(h):
             weight = load(self.weights.at[warpgroup, h], whole.reduce(1))
             found = jnp.sum(spread(weight, whole, shape, 0) * value, axis=0)
             out["attended"].at[number, warpgroup * own + h][...] = found
@@ -181,7 +181,7 @@ class SplitAttention:
                 place[...] = plgpu.layout_cast(jnp.zeros((self.dim,), place.dtype), layout)
 
     def sink_ahead(self) -> tuple:
-        """What the join needs for the sink, likewise."""
+        """What `join` needs for the sink, of what is not made in this kernel."""
         last, sees_sink = self.given["seen"][1], self.given["seen"][2]
         key = [load_stored(self.given["sink_key"].at[end], HALF) for end in self.ends]
         return sees_sink, self._table(last + 1), key
