@@ -131,7 +131,7 @@ def layer_of_one(
     matrices = [layer.qkv, layer.out, layer.gate_up, layer.down]
     tiles = [m.values.shape[0] // height for m in matrices]
     chunks = [m.values.shape[1] // PARTS for m in matrices]
-    deep = chunks[3]  # of which the hidden vector has so many
+    deep = chunks[DOWN]  # of which the hidden vector has so many
     at_once = math.gcd(deep // 2, AT_ONCE) if quantized else 1  # of each of the two warpgroups
     # A tile of [gate | up] has as many rows of both; else its rows lie below each other.
     steps = [height, height, height // 2, height]
@@ -308,8 +308,8 @@ def layer_of_one(
         def keep(ys: list, top=None):
             """Puts chunks of a vector where all warps can get them: as they are, or as bytes, for int8.
 
-            Bytes are numbers in fixed point, of which it returns the unit; `top` is their largest, if that
-            is known.
+            Bytes are numbers in fixed point, of which it returns the unit; `top` is the largest |number|,
+            if that is known.
             """
             ys = [y.astype(f32) for y in ys]
             if not quantized:
@@ -329,10 +329,7 @@ def layer_of_one(
             """Sums of a tile's rows with a chunk of what is kept, apart for each thread."""
             if quantized:
                 some = pl.ds(chunk * PARTS, PARTS)
-                parts = (
-                    plgpu.load(vector.at[warpgroup, i, some], layout=FLAT, optimized=False)
-                    for i in range(2)
-                )
+                parts = (load_stored(vector.at[warpgroup, i, some], FLAT) for i in range(2))
                 return fixed_product(rows, unit, *parts)
             y = lax.broadcast_in_dim(load(vector.at[warpgroup], FLAT), tile_shape, (1, 2))
             return jnp.sum(rows.astype(f32) * plgpu.layout_cast(y, TILE), axis=1)
@@ -344,7 +341,7 @@ def layer_of_one(
             """Makes room for another tile in the place of one that was taken."""
 
             @pl.when(wanted)
-            def arrive():
+            def free():
                 plgpu.barrier_arrive(empty.at[slot_of(use)])
 
         def take(use, wanted, otherwise, release_now=True):

@@ -23,6 +23,8 @@ from gemma_jax.model.kernels.registers import (
     TILE,
     fixed_point,
     fixed_product,
+    load,
+    load_stored,
 )
 
 ROWS = 16  # of a tile, shared out to the four warps
@@ -71,12 +73,12 @@ def product_of_one(
         @pl.when(warpgroup < 2)
         def multiply():
             plgpu.set_max_registers(232, action="increase")
-            y = plgpu.load(x, layout=FLAT, optimized=False).astype(jnp.float32)
+            y = load(x, FLAT)
             vector = fixed_point(y, jnp.max(jnp.max(jnp.abs(y), axis=0)))
 
             def scales_of(i):
                 rows = rows_of(jnp.minimum(i, count - 1))
-                return plgpu.load(scale.at[rows], layout=ROW_SUMS, optimized=False)
+                return load_stored(scale.at[rows], ROW_SUMS)
 
             def tile(j, scales):
                 i = 2 * j + warpgroup

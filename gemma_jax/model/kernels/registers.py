@@ -1,4 +1,4 @@
-"""How arrays lie in the registers of a warpgroup, for `layer`, and get there; and a product of bytes.
+"""How arrays lie in the registers of a warpgroup, and get there, for `layer`; and a product of bytes.
 
 Mosaic GPU (Pallas).
 """

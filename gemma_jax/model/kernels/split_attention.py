@@ -32,11 +32,12 @@ f32 = jnp.float32
 
 @dataclasses.dataclass(frozen=True)
 class SplitAttention:
-    """What a warpgroup of a program does: half of the heads of a share, and half of joining some columns.
+    """One warpgroup's part: half of the heads of a share; of a join, the softmax or what memory gave.
 
     Attributes:
         given, out: by name, what the kernel is given and what its programs exchange.
         queries, scores, weights: shared memory of the two warpgroups, see `shared_memory`.
+        lookup: how memory is read, if it is.
         scale: of the scores.
         shares: of the window and of the rows of memory.
     """
